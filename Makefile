@@ -1,0 +1,107 @@
+# Every target sets up what it needs: a virtual environment in .venv with the versions of constraints.txt and attent
+# itself, editable. That happens once, and again when what it was made from changes. PYTHON=python3.12 picks another
+# interpreter for a new .venv.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip install -c constraints.txt
+
+PYTHON_CODE := $(wildcard python attent_kernels tests benchmarks tools setup.py)
+CXX_CODE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.hpp')
+
+# Tests are many and small: processes use the cores better than threads inside each operation do.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+PARALLEL := -n auto --maxprocesses=4 --dist=worksteal
+# pytest exits with 5 when nothing was collected. That is fine only for markers that may have no test (yet).
+NONE_IS_FINE = || { status=$$?; [ $$status -eq 5 ] && echo "$@: there are no such tests yet"; }
+
+.PHONY: help
+help:  ## show this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+.PHONY: install
+install: $(INSTALLED)  ## create .venv and install attent in it, editable
+
+$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+	@$(PYTHON) -c 'import sys; sys.exit("attent needs Python 3.10 or newer; try make PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) pip setuptools pybind11
+	$(PIP_INSTALL) --no-build-isolation -e '.[demo,dev]'
+	touch $@
+
+.PHONY: test
+test: $(INSTALLED)  ## the fast tests: under five minutes on two cores
+	$(PYTEST) $(PARALLEL)
+
+.PHONY: check
+check: lint types docs aot build slow  ## all that must hold before a merge, beyond make test
+	@echo "make check: all passed"
+
+.PHONY: lint
+lint: $(INSTALLED)  ## ruff (format and lint) and clang-format
+	$(BIN)/ruff format --check $(PYTHON_CODE)
+	$(BIN)/ruff check $(PYTHON_CODE)
+	$(if $(CXX_CODE),$(BIN)/clang-format --dry-run -Werror $(CXX_CODE),@echo "lint: csrc has no C++ yet")
+
+.PHONY: types
+types: $(INSTALLED)  ## mypy --strict on python/attent
+	$(BIN)/mypy
+
+.PHONY: docs
+docs: $(INSTALLED)  ## the examples in docstrings and in README.md
+	$(PYTEST) -p tests.conftest --doctest-modules python/attent
+	$(PYTEST) tests/test_house.py -k readme
+
+.PHONY: slow
+slow: $(INSTALLED)  ## the slow tests
+	$(PYTEST) $(PARALLEL) -m 'slow and not gpu and not aot'
+
+.PHONY: aot
+aot: $(INSTALLED)  ## kernels compiled ahead of time for the GPUs we support; needs no GPU
+	$(PYTEST) -m aot $(NONE_IS_FINE)
+
+.PHONY: gpu
+gpu: $(INSTALLED)  ## the tests that need a CUDA device
+	$(PYTEST) -m gpu $(NONE_IS_FINE)
+
+# The wheel is made from the source distribution and installed where only its dependencies are borrowed from .venv (a
+# path in a .pth file is searched, but its own .pth files, the editable install among them, are not read).
+.PHONY: build
+build: $(INSTALLED)  ## source distribution and wheel into dist/, and the wheel imported outside the checkout
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation
+	away=$$(mktemp -d); trap 'rm -rf "$$away"' EXIT; \
+	$(BIN)/python -m venv --without-pip "$$away"; \
+	$(BIN)/python -m pip --python "$$away/bin/python" install -q --no-deps dist/*.whl; \
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	    > "$$("$$away/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"; \
+	cd "$$away"; \
+	bin/python -c 'import sys, attent, attent_kernels; assert all(m.__file__.startswith(sys.prefix) for m in (attent, attent_kernels)); print("imported attent", attent.__version__, "from", attent.__file__)'; \
+	bin/attent --help > /dev/null
+
+.PHONY: demo
+demo: $(INSTALLED)  ## a teacher trains a small vision transformer on real images: a table and a PNG in a few minutes
+	$(BIN)/attent demo
+
+.PHONY: bench
+bench: $(INSTALLED)  ## the CPU benchmarks
+	$(BIN)/python -m benchmarks.cpu
+
+.PHONY: format
+format: $(INSTALLED)  ## write the format that lint asks for
+	$(BIN)/ruff format $(PYTHON_CODE)
+	$(BIN)/ruff check --fix $(PYTHON_CODE)
+	$(if $(CXX_CODE),$(BIN)/clang-format -i $(CXX_CODE))
+
+.PHONY: clean
+clean:  ## remove what was built; .venv stays, and the next target installs again
+	rm -rf build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(INSTALLED)
+	rm -f attent_kernels/_native*.so attent_kernels/_native_failure.txt
+	find $(filter-out %.py,$(PYTHON_CODE)) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,42 @@
+"""What every test shares: a seed, a reason to skip without a GPU, and the names that doctests see."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+# The same examples on every run, so that a green checkout stays green; no deadline, since machines differ.
+hypothesis.settings.register_profile("attent", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("attent")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests that need a CUDA device where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seeds every generator before each test, so that no test depends on their order; returns the seed."""
+    value = 0
+    random.seed(value)
+    np.random.seed(value)  # noqa: NPY002 - code that uses the global generator is what this is for
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture(autouse=True, scope="session")
+def names_in_doctests(doctest_namespace: dict[str, Any]) -> None:
+    """Doctests see ``torch`` and ``attent``."""
+    import attent
+
+    doctest_namespace.update(attent=attent, torch=torch)
