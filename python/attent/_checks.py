@@ -1,0 +1,105 @@
+"""What the public edge says when an argument is wrong: which one, what came, what is taken.
+
+Checks live at the public edge, once; code behind it trusts its inputs. Shapes, dtypes and devices are always checked.
+Values (labels, ``cu_seqlens``, lengths) are read only where that costs no synchronisation: see :func:`values_readable`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER = (torch.int32, torch.int64)
+
+
+def refuse(argument: str, got: object, takes: str) -> NoReturn:
+    """Raise the library's one form of complaint: a ``ValueError`` that names the argument."""
+    raise ValueError(f"{argument}: got {got}; takes {takes}")
+
+
+def describe(value: object) -> str:
+    """A short description of what was passed: a tensor by its shape, dtype and device, anything else by its repr."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}... ({type(value).__name__})"
+
+
+def check_tensor(
+    argument: str,
+    value: object,
+    takes: str,
+    *,
+    shape: Sequence[int | None] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Refuse ``value`` unless it is a tensor of this shape (None: any size), one of these dtypes, on this device."""
+    if not isinstance(value, Tensor):
+        refuse(argument, describe(value), takes)
+    if shape is not None and (
+        value.dim() != len(shape) or any(want is not None and want != n for want, n in zip(shape, value.shape, strict=True))
+    ):
+        refuse(argument, describe(value), takes)
+    if dtypes is not None and value.dtype not in dtypes:
+        refuse(argument, describe(value), takes)
+    if device is not None and value.device != device:
+        refuse(argument, describe(value), f"{takes}, on {device} like the other tensors")
+    return value
+
+
+def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
+    """Refuse ``value`` unless it is one of ``choices``."""
+    if not isinstance(value, str) or value not in choices:
+        refuse(argument, describe(value), "one of " + ", ".join(repr(c) for c in choices))
+
+
+def check_number(
+    argument: str, value: object, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False
+) -> float:
+    """Refuse ``value`` unless it is a finite number in [low, high] (or (low, high] with ``open_low``)."""
+    takes = f"a number in {'(' if open_low else '['}{low:g}, {high:g}]"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        refuse(argument, describe(value), takes)
+    number = float(value)
+    if not math.isfinite(number) or number < low or number > high or (open_low and number == low):
+        refuse(argument, value, takes)
+    return number
+
+
+def check_int(argument: str, value: object, *, low: int | None = None, high: int | None = None, why: str = "") -> None:
+    """Refuse ``value`` unless it is an int in [low, high]; symbolic ints of a compiler's trace are taken as they are."""
+    if isinstance(value, torch.SymInt):
+        return
+    span = f"[{'-inf' if low is None else low}, {'inf' if high is None else high}]"
+    takes = f"an int in {span}" + (f" ({why})" if why else "")
+    if isinstance(value, bool) or not isinstance(value, int):
+        refuse(argument, describe(value), takes)
+    if (low is not None and value < low) or (high is not None and value > high):
+        refuse(argument, value, takes)
+
+
+def values_readable(value: Tensor) -> bool:
+    """Whether values may be read to check them: on CPU, outside a compiler's trace; elsewhere only with ATTENT_CHECK=1."""
+    if torch.compiler.is_compiling() or isinstance(value, torch._subclasses.FakeTensor) or value.is_meta:
+        return False
+    return value.device.type == "cpu" or os.environ.get("ATTENT_CHECK") == "1"
+
+
+def check_cu_seqlens(argument: str, value: object, total: int, device: torch.device, total_name: str) -> Tensor:
+    """Refuse ``value`` unless it is int32 ``[B+1]``, rises from 0 to ``total`` and never falls."""
+    takes = f"int32 [B+1] rising from 0 to {total_name}={total}, never falling"
+    cu_seqlens = check_tensor(argument, value, takes, shape=(None,), dtypes=(torch.int32,), device=device)
+    if cu_seqlens.numel() < 1:
+        refuse(argument, describe(cu_seqlens), takes)
+    if values_readable(cu_seqlens) and not (
+        int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == total and bool((cu_seqlens.diff() >= 0).all())
+    ):
+        refuse(argument, cu_seqlens.tolist() if cu_seqlens.numel() <= 16 else describe(cu_seqlens), takes)
+    return cu_seqlens

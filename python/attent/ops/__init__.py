@@ -1,0 +1,1 @@
+"""The ops: one file each holds its checks, its torch.library registration, its fake kernel and its autograd."""
