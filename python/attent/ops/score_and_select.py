@@ -1,0 +1,79 @@
+"""``attent.score_and_select``: the lesson of a pool from its hidden states: head GEMM, scores, top-k."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .._checks import refuse
+from ..selection import Selection
+from .linear_cross_entropy import cast_for_autocast, check_arguments, check_scores
+from .dispatch import choose
+from .select_top_k import select_top_k
+
+
+def score_and_select(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    k: int,
+    *,
+    score: str = "logit",
+    temperature: float = 0.0,
+    floor: float = 0.0,
+    seed: int | Tensor | None = None,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    shift: bool = False,
+    example_weight: Tensor | None = None,
+    per_example: str = "rms",
+    cu_seqlens: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> Selection:
+    """Choose ``k`` of the pool's B examples by their scores under a linear head, without gradient.
+
+    The scores are those of :func:`attent.linear_cross_entropy`, the choice is :func:`attent.select_top_k`'s. Examples
+    without a valid token, or of weight 0, come after all others.
+
+    Args:
+        input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing, softcap, shift,
+        example_weight, per_example, cu_seqlens, group, backend: as in :func:`attent.linear_cross_entropy`.
+        k: how many to choose, at most B.
+        score: ``"loss"``, ``"logit"``, ``"hidden"`` or ``"head"``.
+        temperature, floor, seed: as in :func:`attent.select_top_k`.
+
+    Returns:
+        :class:`Selection`: index int64 ``[k]``, score ``[k]``, inclusion ``[k]``.
+
+    Raises:
+        ValueError: naming the argument, what came and what is taken.
+
+    >>> hidden, head = torch.randn(8, 16), torch.nn.Linear(16, 10)
+    >>> lesson = attent.score_and_select(hidden, head.weight, torch.randint(10, (8,)), 3, linear_bias=head.bias)
+    >>> lesson.index.shape
+    torch.Size([3])
+    """
+    if not isinstance(score, str):
+        refuse("score", score, "one name: a choice is made by one score")
+    names = check_scores(score)
+    with torch.no_grad():
+        input, linear_weight, linear_bias = cast_for_autocast(input, linear_weight, linear_bias)
+        check_arguments(
+            input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing, softcap, shift,
+            example_weight, per_example, cu_seqlens, group,
+        )  # fmt: skip
+        runs_on = choose("linear_cross_entropy", backend, input.device)
+        _, scores, counts, *_ = torch.ops.attent.linear_cross_entropy(
+            input, linear_weight, target, linear_bias, weight, example_weight, cu_seqlens, "sum", ignore_index,
+            label_smoothing, softcap, shift, names, per_example, None if group is None else group.group_name, runs_on,
+            False, False, False,
+        )  # fmt: skip
+        valid = counts > 0
+        if example_weight is not None:
+            valid &= example_weight != 0
+        return select_top_k(scores[0], k, temperature=temperature, floor=floor, valid=valid, seed=seed)
