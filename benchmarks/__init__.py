@@ -1,0 +1,1 @@
+"""Benchmarks: ratios within one run, contenders interleaved, results committed with their provenance."""

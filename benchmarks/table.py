@@ -1,0 +1,153 @@
+"""``python -m benchmarks.table``: writes README's tables of measurements from the committed results and nothing else.
+
+``--check`` writes nothing and fails if README says anything but what the newest results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .provenance import RESULTS
+
+README = RESULTS.parent.parent / "README.md"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+
+
+def newest(name: str) -> tuple[Path, dict[str, Any]] | None:
+    """The newest committed result of a benchmark, if there is one."""
+    files = sorted((RESULTS / name).glob("*.json"))
+    return (files[-1], json.loads(files[-1].read_text())) if files else None
+
+
+def section() -> str:
+    """What stands between README's marks."""
+    return "\n".join([BEGIN, "", *_teaching(), "", *_cost(), "", END])
+
+
+def _link(path: Path) -> str:
+    return f"[{path.parent.name}/{path.stem}]({path.relative_to(README.parent).as_posix()})"
+
+
+def _machine(provenance: dict[str, Any]) -> str:
+    return f"{provenance['cores']} cores, torch {provenance['torch']}"
+
+
+def _teaching() -> Iterator[str]:
+    found = newest("demo")
+    yield "**Does teaching pay?** Fashion-MNIST, 28×28 grey images, the demo's small vision transformer, CPU."
+    yield ""
+    if found is None:
+        yield "Not yet measured."
+        return
+    path, result = found
+    data, settings = result["data"], result["settings"]
+    yield "| arm | batch | accuracy % | measured seconds | examples trained on | teaching seconds | saved seconds |"
+    yield "|---|---|---|---|---|---|---|"
+    for arm in result["arms"]:
+        spread = "" if arm["accuracy_sd"] is None else f" ± {arm['accuracy_sd']:.2f}"
+        taught = f"{arm['teaching_seconds']:.2f}" if arm["arm"] == "attent" else ""
+        saved = "" if arm["arm"] == "full data" else f"{arm['saved_seconds']:.1f}"
+        yield (
+            f"| {arm['arm']} | {arm['batch_size']} | {arm['accuracy']:.2f}{spread} | {arm['seconds']:.1f} |"
+            f" {arm['examples']:,.0f} | {taught} | {saved} |"
+        )
+    yield ""
+    for difference in result["differences"]:
+        interval = "one seed gives no interval"
+        if difference["low"] is not None:
+            interval = f"95 % interval [{difference['low']:+.2f}, {difference['high']:+.2f}]"
+        yield (
+            f"* attent − {difference['second']}: {difference['mean']:+.2f} points, {interval},"
+            f" {difference['pairs']} paired seeds: {difference['sentence']}."
+        )
+    yield ""
+    yield (
+        f"{data['train_examples']:,} + {data['test_examples']:,} images, {settings['epochs']} epochs, keep ratio"
+        f" {settings['ratio']:g}, {settings['seeds']} seeds, {result['machine']['cores']} cores: {_link(path)}."
+    )
+
+
+def _cost() -> Iterator[str]:
+    found = newest("cpu")
+    yield "**What does it cost?** Ratios within one run; a GPU has not been measured yet."
+    yield ""
+    if found is None:
+        yield "Not yet measured."
+        return
+    path, result = found
+    yield "| what | measured | target |"
+    yield "|---|---|---|"
+    for what, measured, target in _cost_rows(result["rows"]):
+        yield f"| {what} | {measured} | {target} |"
+    yield ""
+    yield f"{_machine(result['provenance'])}, native module {result['provenance']['native_module']}: {_link(path)}."
+
+
+def _cost_rows(rows: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    scorer = rows.get("scorer")
+    if scorer:
+        ratios = scorer["ratio to F.linear alone"]
+        yield (
+            'scorer, `"logit"` / `F.linear` alone (4096×512×32768, float32)',
+            f"{ratios['logit']['median']:.2f}",
+            "≤ 1.8",
+        )
+        if "logit, PyTorch passes" in ratios:
+            yield "the same without the native module", f"{ratios['logit, PyTorch passes']['median']:.2f}", "≤ 1.8"
+        yield 'scorer, `"head"` / `F.linear` alone, one token per example', f"{ratios['head']['median']:.2f}", ""
+        logits = f"(the logits are {scorer['logits MiB']:.0f} MiB)"
+        yield f"the scorer's peak extra memory {logits}", f"{scorer['peak extra MiB']:.0f} MiB", "≤ 100 MiB"
+    loss = rows.get("training loss")
+    if loss:
+        yield (
+            "loss forward + backward / `F.cross_entropy(F.linear)`, no scores",
+            f"{loss['ratio to full logits']['attent']['median']:.2f}",
+            "",
+        )
+        rival = loss["ratio to full logits"].get("F.linear_cross_entropy, chunked")
+        if rival:
+            yield "PyTorch's chunked `F.linear_cross_entropy` / the same", f"{rival['median']:.2f}", ""
+        yield (
+            'the loss with `"logit"` scores / without',
+            f"{loss['ratio of scoring to not']['logit']['median']:.3f}",
+            "",
+        )
+    for name in ("harvest step, batch 128", "harvest step, batch 64"):
+        if name in rows:
+            target = "≤ 1.02" if name.endswith("128") else ""
+            yield (
+                f"{name}: training step with the teacher / without (small ViT, one thread)",
+                f"{rows[name]['ratio harvest / plain']['median']:.3f}",
+                target,
+            )
+    if "teacher" in rows:
+        seconds = rows["teacher"]["seconds"]["median"]
+        yield "recording and drawing for 1,000,000 ids", f"{seconds:.2f} s", "≤ 0.5 s"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description="README's tables from results.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if README is not up to date")
+    asked = parser.parse_args(arguments)
+    text = README.read_text()
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    wanted = before + section() + after
+    if asked.check:
+        if wanted != text:
+            print(
+                "README.md does not say what the committed results say; run python -m benchmarks.table", file=sys.stderr
+            )
+            return 1
+        return 0
+    README.write_text(wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

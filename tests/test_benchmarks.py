@@ -1,0 +1,60 @@
+"""The measuring room: contenders alternate, ratios are of pairs, README says what the results say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import cpu, table
+from benchmarks.memory import peak_extra_mib
+from benchmarks.timing import Timing, interleave, ratio
+
+
+def test_contenders_run_in_turn_in_alternating_order_and_warmup_is_not_counted() -> None:
+    order: list[str] = []
+    timings = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, warmup=1)
+    assert "".join(order) == "abbaabba"
+    assert all(len(timing.wall) == len(timing.cpu) == 3 for timing in timings.values())
+
+
+def test_ratio_is_the_median_of_pairs_not_the_ratio_of_medians() -> None:
+    ours, theirs = Timing(wall=[2.0, 30.0, 4.0], cpu=[]), Timing(wall=[1.0, 10.0, 4.0], cpu=[])
+    assert ratio(ours, theirs)["median"] == 2.0
+
+
+def test_readme_says_what_the_committed_results_say() -> None:
+    assert table.main(["--check"]) == 0
+
+
+def test_readme_that_says_something_else_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(table, "section", lambda: table.BEGIN + "another number" + table.END)
+    assert table.main(["--check"]) == 1
+    assert "README.md" in capsys.readouterr().err
+
+
+def test_the_plain_step_of_the_harvest_benchmark_trains_the_same_model() -> None:
+    torch.manual_seed(0)
+    learner = cpu.VisionTransformer()
+    images = torch.randn(5, 28, 28)
+    torch.testing.assert_close(cpu.Plain(learner)(images), learner.predict(images))
+
+
+def make_nothing() -> int:
+    return 0
+
+
+def touch_nothing(_: int) -> None:
+    return None
+
+
+def touch_200_mib(_: int) -> None:
+    np.ones(200 << 20, dtype=np.uint8).sum()
+
+
+@pytest.mark.slow
+def test_peak_memory_counts_what_a_call_adds_and_frees() -> None:
+    # The page tables of 200 MiB and the allocator's own are far below 5 MiB.
+    assert 200 <= peak_extra_mib(make_nothing, touch_nothing, touch_200_mib) <= 205
