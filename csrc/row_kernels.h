@@ -19,8 +19,9 @@ struct RowKernels {
     // logits [vocabulary]; 0 <= target < vocabulary; softcap 0: none.
     SplitSums (*split_sums)(const T* logits, int64_t vocabulary, int64_t target, T softcap);
 
-    // logits [vocabulary] <- factor d exp(z~ - logsumexp), for the target as for every other.
-    void (*scaled_probabilities)(T* logits, int64_t vocabulary, double logsumexp, T factor, T softcap);
+    // logits [vocabulary] <- factor d exp(z~ - logsumexp), for the target as for every other. The logsumexp is high +
+    // low: in one T a large one would lose digits that z~ - logsumexp needs.
+    void (*scaled_probabilities)(T* logits, int64_t vocabulary, T high, T low, T factor, T softcap);
 };
 
 struct InstructionSet {

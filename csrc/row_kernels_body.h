@@ -87,21 +87,17 @@ SplitSums split_sums(const T* logits, int64_t vocabulary, int64_t target, T soft
     return {double(maximum), sum, squares};
 }
 
-// The logsumexp comes in two parts, so that z~ - logsumexp keeps the float64 digits of a large one.
 template <typename T, bool Capped>
-inline Vector<T> scaled_probability(Vector<T> z, T logsumexp_high, T logsumexp_low, T factor, T softcap) {
+inline Vector<T> scaled_probability(Vector<T> z, T high, T low, T factor, T softcap) {
     CappedLogit<T> capped{z, z};
     if (Capped) capped = capped_logit<T>(z, softcap);
-    const Vector<T> x = (capped.value - logsumexp_high) - logsumexp_low;
+    const Vector<T> x = (capped.value - high) - low;
     const Vector<T> scaled = exp_or_zero<T>(x, ExponentialOf<T>::smallest) * factor;
     return Capped ? scaled * capped.slope : scaled;
 }
 
 template <typename T, bool Capped>
-void scaled_probabilities(T* logits, int64_t vocabulary, double logsumexp, T factor, T softcap) {
-    const T high = T(logsumexp);
-    // An infinite logsumexp has no second part (inf - inf).
-    const T low = high - high == 0 ? T(logsumexp - double(high)) : T(0);
+void scaled_probabilities(T* logits, int64_t vocabulary, T high, T low, T factor, T softcap) {
     const int64_t whole = vocabulary - vocabulary % lanes<T>;
     for (int64_t v = 0; v < whole; v += lanes<T>) {
         store(logits + v, scaled_probability<T, Capped>(load(logits + v), high, low, factor, softcap));
@@ -121,9 +117,9 @@ SplitSums any_split_sums(const T* logits, int64_t vocabulary, int64_t target, T 
 }
 
 template <typename T>
-void any_scaled_probabilities(T* logits, int64_t vocabulary, double logsumexp, T factor, T softcap) {
-    softcap > 0 ? scaled_probabilities<T, true>(logits, vocabulary, logsumexp, factor, softcap)
-                : scaled_probabilities<T, false>(logits, vocabulary, logsumexp, factor, softcap);
+void any_scaled_probabilities(T* logits, int64_t vocabulary, T high, T low, T factor, T softcap) {
+    softcap > 0 ? scaled_probabilities<T, true>(logits, vocabulary, high, low, factor, softcap)
+                : scaled_probabilities<T, false>(logits, vocabulary, high, low, factor, softcap);
 }
 
 template <typename T>

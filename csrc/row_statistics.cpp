@@ -198,8 +198,9 @@ Status logits_gradient(T* logits, int64_t rows, int64_t vocabulary, int64_t row_
         // smaller one. (A NaN loss comes with a NaN logsumexp, an infinite one with one that is finite or as bad.)
         const double row_loss = loss[row], row_logsumexp = logsumexp[row];
         const bool by_loss = std::abs(row_loss) < std::abs(row_logsumexp);
-        const double total = by_loss ? at_target.logit + row_loss : row_logsumexp;
-        kernels.scaled_probabilities(z, vocabulary, total, factor[row], T(softcap));
+        const T high = by_loss ? T(at_target.logit + row_loss) : logsumexp[row];
+        const T low = by_loss ? T((at_target.logit - double(high)) + row_loss) : T(0);
+        kernels.scaled_probabilities(z, vocabulary, high, low, factor[row], T(softcap));
         z[y] = T(double(factor[row]) * at_target.slope * std::expm1(-row_loss));
     });
     return Status::ok;

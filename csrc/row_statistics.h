@@ -33,7 +33,8 @@
 //     squared_norm:  that of s2, twice that of l, and its own rounding             (201 + 3 log V) u  relative
 //
 // These are worst cases: rounding errors average out to a hundredth of them. A softcap adds 4 u c for the rounding of
-// z~ to l and loss, 12 u c to squared_norm, and there also 8 u (1 + 2 max|z|/c) for that of d^2.
+// z~ to l and loss, 12 u c to squared_norm, and there also 8 u (1 + 2 max|z|/c) for that of d^2. T = float64 has no
+// wider format for the scalars: rounding z~_y - m adds |z~_y - m| u to the loss and twice that to squared_norm.
 //
 // A NaN logit, or (without a softcap, which makes it finite) one of +inf, makes its row's results NaN. A logit of -inf
 // has p = 0; a target of -inf has loss inf. A squared norm below the smallest number of T is 0.
@@ -73,10 +74,10 @@ Status row_statistics(const T* logits, int64_t rows, int64_t vocabulary, int64_t
                       const char* instruction_set = nullptr);
 
 // Writes factor_t d_v (p_v - [v = y]) over logits [rows, vocabulary], from the loss and logsumexp that row_statistics
-// gave: 1 - p_y = -expm1(-loss), and p_v = exp(z~_v - L) where L is the logsumexp as given or z~_y + loss in float64,
-// whichever of logsumexp and loss is the smaller number and so was rounded less. Relative error of p_v: (|z~_v - L| +
-// min(|loss|, |logsumexp|) + 4) u, beside that of the loss. An ignored row, and one of factor 0, becomes 0 (whatever
-// was in it).
+// gave: 1 - p_y = -expm1(-loss), and p_v = exp(z~_v - L) where L is the logsumexp as given or z~_y + loss unrounded,
+// whichever of logsumexp and loss is the smaller number and so was rounded less. Relative error of p_v: (2 |z~_v - L| +
+// min(|loss|, |logsumexp|) + 4) u, beside the (1 - p_y) (66 + log V) u of the sums. An ignored row, and one of factor
+// 0, becomes 0 (whatever was in it).
 template <typename T>
 Status logits_gradient(T* logits, int64_t rows, int64_t vocabulary, int64_t row_stride, const int64_t* target,
                        const T* loss, const T* logsumexp, const T* factor, double softcap, int threads,

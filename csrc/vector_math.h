@@ -17,14 +17,14 @@ template <typename T>
 constexpr int lanes = VECTOR_BYTES / int(sizeof(T));
 
 template <typename T>
-struct IntegerOf;
+struct IntegerOf;  // unsigned, so that bits may be shifted out
 template <>
 struct IntegerOf<float> {
-    using type = int32_t;
+    using type = uint32_t;
 };
 template <>
 struct IntegerOf<double> {
-    using type = int64_t;
+    using type = uint64_t;
 };
 
 template <typename T>
@@ -89,7 +89,7 @@ struct ExponentialOf<float> {
     // expm1(f) = f + f^2 P(f): the minimax polynomial of Cephes' expf (S. Moshier), error 2e-8 on |f| <= log(2)/2.
     static constexpr float polynomial[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
                                            4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
-    static constexpr float smallest = -87.3f;         // exp(x) is a normal number from here up
+    static constexpr float smallest = -87.3365f;      // exp(x) is a normal number from here up
     static constexpr float smallest_square = -43.6f;  // exp(x)^2 is
 };
 
@@ -103,8 +103,8 @@ struct ExponentialOf<double> {
     static constexpr double polynomial[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800,
                                             1.0 / 362880,     1.0 / 40320,     1.0 / 5040,     1.0 / 720,
                                             1.0 / 120,        1.0 / 24,        1.0 / 6,        1.0 / 2};
-    static constexpr double smallest = -708.3;
-    static constexpr double smallest_square = -354.1;
+    static constexpr double smallest = -708.39;
+    static constexpr double smallest_square = -354.19;
 };
 
 template <typename T>
