@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._checks import FLOATING, check_int, check_tensor, refuse
-from .ops.linear_cross_entropy import linear_cross_entropy
-from .ops.scored_attention import Readout, ScoredAttention, check_lengths, scored_attention
+from ._checks import FLOATING, check_choice, check_int, check_tensor, refuse
+from .ops.dispatch import BACKENDS
+from .ops.linear_cross_entropy import check_constant, check_options, check_scores, linear_cross_entropy
+from .ops.scored_attention import Readout, check_lengths, scored_attention
 
 
 class ScoringHead(nn.Module):
@@ -61,11 +62,16 @@ class ScoringHead(nn.Module):
             refuse("linear", type(linear).__name__, "a plain torch.nn.Linear")
         if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
             refuse("linear", "a layer with hooks", "a layer without: register them on the ScoringHead")
+        check_scores(score)
+        check_options(reduction, ignore_index, label_smoothing, softcap, shift, per_example, group)
+        check_choice("backend", backend, ("auto", *BACKENDS))
+        if weight is not None:
+            check_constant("weight", weight, linear.out_features, linear.weight.device)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.register_buffer("class_weight", weight, persistent=False)
-        self.softcap = softcap
         self.options: dict[str, Any] = {
+            "softcap": softcap,
             "reduction": reduction,
             "ignore_index": ignore_index,
             "label_smoothing": label_smoothing,
@@ -91,15 +97,14 @@ class ScoringHead(nn.Module):
             What :func:`attent.linear_cross_entropy` returns with this head's options.
         """
         if target is None:
-            logits = F.linear(hidden, self.weight, self.bias)
-            return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+            logits, softcap = F.linear(hidden, self.weight, self.bias), self.options["softcap"]
+            return logits if softcap is None else softcap * (logits / softcap).tanh()
         return linear_cross_entropy(
             hidden,
             self.weight,
             target,
             linear_bias=self.bias,
             weight=self.class_weight,
-            softcap=self.softcap,
             example_weight=example_weight,
             cu_seqlens=cu_seqlens,
             **self.options,

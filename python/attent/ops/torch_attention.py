@@ -1,0 +1,277 @@
+"""Attention in tiles of PyTorch operations, forward and backward: output and logsumexp, never a [T, T] over all heads.
+
+What computes a tile::
+
+    asked for     | aten::_scaled_dot_product_flash_attention_for_cpu | matrix products (any device)
+    --------------|---------------------------------------------------|-----------------------------------
+    logsumexp     | natural, float32 [B, H, T]; 0 for a row without   | natural, -inf without a key
+                  | a key, so -inf is written over it                 |
+    causal        | top-left, -inf times scale: used only where       | by mask
+                  | Tq = Tk and scale > 0, else by mask               |
+    any mask      | added to the scores, in the query's dtype         | filled with -inf
+    Dv != D       | no: both are padded with zeros to the larger      | yes
+    Hq != Hkv     | not on every version: keys, values are repeated   | repeated too
+    softcap       | no                                                | yes
+    strides       | last must be 1, or it reads the wrong numbers     | any
+    an empty size | divides by zero: such tiles are never made        | never made
+    float64       | yes                                               | yes
+    float16, 32   | in the inputs' dtype                              | in float32
+
+Its public front, ``torch.nn.functional.scaled_dot_product_attention``, runs the same CPU kernel but keeps the logsumexp to
+itself. On other devices tiles are matrix products: right, without host reads, and slower than a fused kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .key_ranges import KeyRanges
+
+#: A tile's matrix of attention scores, or its mask. The backward keeps four of them at a time: 64 MB.
+TILE_BYTES = 16 * 2**20
+#: Rows of a CPU tile under a mask: few enough that the keys no row of it looks at are worth leaving out.
+CPU_TILE_ROWS = 256
+
+_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+
+
+class Attention(NamedTuple):
+    """What attention is computed, for query [B, H, Tq, D], key [B, Hkv, Tk, D], value [B, Hkv, Tk, Dv]."""
+
+    scale: float
+    softcap: float | None
+    is_causal: bool  # among Tq = Tk positions; where that is not so, causality is in the ranges
+    ranges: KeyRanges | None  # None: every row looks at every key
+    row_starts: Sequence[int] | None = None  # no tile shall cross these rows: where packed examples start
+
+
+class Tile(NamedTuple):
+    examples: slice
+    rows: slice
+    keys: slice
+    mask: Tensor | None  # bool [B, 1, T, keys]; None: all of them
+
+
+def working_dtype(tensor: Tensor) -> torch.dtype:
+    """What scores and losses are computed in: float32, and float64 for float64 inputs."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def on_cpu(tensor: Tensor) -> bool:
+    """Where values can be looked at without waiting for a device, and where PyTorch's CPU kernels run."""
+    return tensor.device.type == "cpu"
+
+
+def rows_first(tensor: Tensor) -> Tensor:
+    """[B, H, T, D], stored as [B, T, H, D]: merging the heads is then a view."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def empty_rows_first(like: Tensor, batch: int, heads: int, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised [B, H, T, D], stored as [B, T, H, D]."""
+    return like.new_empty(batch, rows, heads, width, dtype=dtype).transpose(1, 2)
+
+
+def attention_forward(query: Tensor, key: Tensor, value: Tensor, what: Attention) -> tuple[Tensor, Tensor]:
+    """Output [B, H, Tq, Dv], stored rows first, and logsumexp [B, H, Tq]; 0 and -inf for rows without a key."""
+    heads = query.shape[1]
+    key, value = _repeat_heads(key, heads), _repeat_heads(value, heads)
+    flash = _flash_takes(query, what)
+    tile_forward = _flash_forward if flash else _products_forward
+    if _is_one_tile(query, key, what, flash):
+        output, logsumexp = tile_forward(query, key, value, None, what)
+        return rows_first(output), logsumexp.contiguous()
+
+    batch, _, rows, _ = query.shape
+    output = empty_rows_first(query, batch, heads, rows, value.shape[3], query.dtype).zero_()
+    logsumexp = query.new_full((batch, heads, rows), -torch.inf, dtype=working_dtype(query))
+    for tile in _tiles(query, key, what):
+        q, k, v = (
+            query[tile.examples, :, tile.rows],
+            key[tile.examples, :, tile.keys],
+            value[tile.examples, :, tile.keys],
+        )
+        output[tile.examples, :, tile.rows], logsumexp[tile.examples, :, tile.rows] = tile_forward(
+            q, k, v, tile.mask, what
+        )
+    if what.ranges is not None:
+        logsumexp.masked_fill_(~what.ranges.has_key()[:, None], -torch.inf)
+    return output, logsumexp
+
+
+def attention_backward(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor, what: Attention
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in query, key and value, stored rows first; the probabilities are computed again from the logsumexp."""
+    heads, kv_heads = query.shape[1], key.shape[1]
+    key, value = _repeat_heads(key, heads), _repeat_heads(value, heads)
+    flash = _flash_takes(query, what)
+    tile_backward = _flash_backward if flash else _products_backward
+    if _is_one_tile(query, key, what, flash):
+        grad_query, grad_key, grad_value = tile_backward(grad_output, query, key, value, output, logsumexp, None, what)
+    else:
+        # A row without a key has logsumexp -inf, and exp(-inf - -inf) is NaN; exp(-inf - inf) is the 0 it should be.
+        logsumexp = logsumexp.masked_fill(logsumexp == -torch.inf, torch.inf)
+        grad_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
+        # Keys gather gradients from many tiles: in the working dtype, or each of them would round the sum.
+        grad_key = torch.zeros(key.shape, dtype=working_dtype(key), device=key.device)
+        grad_value = torch.zeros(value.shape, dtype=working_dtype(value), device=value.device)
+        for tile in _tiles(query, key, what):
+            rows, keys = (tile.examples, slice(None), tile.rows), (tile.examples, slice(None), tile.keys)
+            grad_query[rows], to_keys, to_values = tile_backward(
+                grad_output[rows], query[rows], key[keys], value[keys], output[rows], logsumexp[rows], tile.mask, what
+            )
+            grad_key[keys] += to_keys
+            grad_value[keys] += to_values
+    if kv_heads != heads:
+        grad_key = grad_key.unflatten(1, (kv_heads, heads // kv_heads)).sum(2)
+        grad_value = grad_value.unflatten(1, (kv_heads, heads // kv_heads)).sum(2)
+    return rows_first(grad_query), rows_first(grad_key.to(key.dtype)), rows_first(grad_value.to(value.dtype))
+
+
+# ------------------------------------------------------------------------------------------------------------ tiles
+
+
+def _repeat_heads(tensor: Tensor, heads: int) -> Tensor:
+    """Each key head once for every query head that reads it; a view if there is but one."""
+    kv_heads = tensor.shape[1]
+    if kv_heads == heads:
+        return tensor
+    return tensor.unsqueeze(2).expand(-1, -1, heads // kv_heads, -1, -1).flatten(1, 2)
+
+
+def _flash_takes(query: Tensor, what: Attention) -> bool:
+    return on_cpu(query) and what.softcap is None and _FLASH is not None
+
+
+def _is_one_tile(query: Tensor, key: Tensor, what: Attention, flash: bool) -> bool:
+    """Nothing to mask but what flash attention masks itself, nothing empty, and small enough."""
+    if what.ranges is not None or query.numel() == 0 or key.numel() == 0:
+        return False
+    return flash or (not what.is_causal and _score_bytes(query, key) <= TILE_BYTES)
+
+
+def _score_bytes(query: Tensor, key: Tensor) -> int:
+    """Bytes of all attention scores."""
+    batch, heads, rows, _ = query.shape
+    return batch * heads * rows * key.shape[2] * working_dtype(query).itemsize
+
+
+def _tiles(query: Tensor, key: Tensor, what: Attention) -> Iterator[Tile]:
+    """Cut the work so that a tile's largest matrix stays within TILE_BYTES; on CPU leave out keys that no row looks at."""
+    batch, heads, rows, _ = query.shape
+    keys = key.shape[2]
+    if query.numel() == 0 or key.numel() == 0:
+        return
+    look = on_cpu(query)
+    ranges = what.ranges
+    if ranges is None and what.is_causal:
+        last = torch.arange(1, rows + 1, device=query.device)[None]
+        ranges = KeyRanges(torch.zeros_like(last), last)
+    each_row_masked = ranges is not None and ranges.first.shape[1] > 1
+    # The largest matrix: the scores of all heads, or, where flash attention keeps those to itself, the mask of any.
+    if _flash_takes(query, what):
+        row_bytes = keys * query.element_size()
+        tile_rows = max(1, TILE_BYTES // row_bytes) if each_row_masked else rows
+        matrix_bytes = row_bytes * (tile_rows if each_row_masked else 1)
+    else:
+        row_bytes = keys * heads * working_dtype(query).itemsize
+        tile_rows = max(1, min(rows, TILE_BYTES // row_bytes))
+        matrix_bytes = row_bytes * tile_rows
+    if look and each_row_masked:
+        tile_rows = min(tile_rows, CPU_TILE_ROWS)
+    tile_examples = max(1, TILE_BYTES // matrix_bytes)
+    starts = [0, rows] if what.row_starts is None else what.row_starts
+    for example in range(0, batch, tile_examples):
+        examples = slice(example, min(example + tile_examples, batch))
+        for start, stop in zip(starts[:-1], starts[1:], strict=True):
+            for row in range(start, stop, tile_rows):
+                part = slice(row, min(row + tile_rows, stop))
+                if ranges is None:
+                    yield Tile(examples, part, slice(0, keys), None)
+                    continue
+                here = ranges.part(examples, part)
+                low, high, unmasked = here.span(keys) if look else (0, keys, False)
+                if low < high:
+                    yield Tile(examples, part, slice(low, high), None if unmasked else here.mask(low, high))
+
+
+# ------------------------------------------------------------------------------- a tile by PyTorch's CPU flash attention
+
+
+def _flash_ready(tensor: Tensor, width: int) -> Tensor:
+    """Padded with zeros to ``width``, in strides the kernel reads rightly: rows of neighbours that do not overlap."""
+    if tensor.shape[3] != width:  # what pad returns may be laid out as images are, channels last
+        tensor = torch.nn.functional.pad(tensor, (0, width - tensor.shape[3]))
+    return tensor if tensor.stride(3) == 1 and tensor.stride(2) >= width else tensor.contiguous()
+
+
+def _flash_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if mask is None else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+
+
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, what: Attention) -> tuple[Tensor, Tensor]:
+    width = max(q.shape[3], v.shape[3])
+    output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        _flash_ready(q, width), _flash_ready(k, width), _flash_ready(v, width), 0.0, what.is_causal,
+        attn_mask=_flash_mask(mask, q.dtype), scale=what.scale,
+    )  # fmt: skip
+    return output[..., : v.shape[3]], logsumexp
+
+
+def _flash_backward(
+    grad_output: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, logsumexp: Tensor, mask: Tensor | None,
+    what: Attention,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    width = max(q.shape[3], v.shape[3])
+    ready = [_flash_ready(x, width) for x in (grad_output, q, k, v, output)]
+    grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *ready, logsumexp, 0.0, what.is_causal, attn_mask=_flash_mask(mask, q.dtype), scale=what.scale
+    )
+    return grad_q[..., : q.shape[3]], grad_k[..., : q.shape[3]], grad_v[..., : v.shape[3]]
+
+
+# ------------------------------------------------------------------------------------------ a tile by matrix products
+
+
+def _capped_scores(q: Tensor, k: Tensor, what: Attention) -> tuple[Tensor, Tensor | None]:
+    """Scores s = scale q kᵀ, with softcap c tanh(s / c), [b, H, r, K] in the working dtype; and that tanh."""
+    dtype = working_dtype(q)
+    scores = (q.to(dtype) * what.scale) @ k.to(dtype).mT
+    if what.softcap is None:
+        return scores, None
+    tanh = scores.div_(what.softcap).tanh_()
+    return tanh * what.softcap, tanh
+
+
+def _products_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, what: Attention) -> tuple[Tensor, Tensor]:
+    scores, _ = _capped_scores(q, k, what)
+    if mask is not None:
+        scores.masked_fill_(~mask, -torch.inf)
+    logsumexp = scores.logsumexp(-1)
+    probabilities = scores.sub_(logsumexp.masked_fill(logsumexp == -torch.inf, torch.inf)[..., None]).exp_()
+    return (probabilities @ v.to(probabilities.dtype)).to(q.dtype), logsumexp
+
+
+def _products_backward(
+    grad_output: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, logsumexp: Tensor, mask: Tensor | None,
+    what: Attention,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    scores, tanh = _capped_scores(q, k, what)
+    if mask is not None:
+        scores.masked_fill_(~mask, -torch.inf)
+    probabilities = scores.sub_(logsumexp[..., None]).exp_()
+    grad_output = grad_output.to(scores.dtype)
+    grad_v = probabilities.mT @ grad_output
+    grad_scores = grad_output @ v.to(scores.dtype).mT  # of the probabilities first, then of the scores
+    grad_scores.sub_((grad_output * output.to(scores.dtype)).sum(-1, keepdim=True)).mul_(probabilities)
+    if tanh is not None:
+        grad_scores.mul_(tanh.square_().neg_().add_(1))
+    grad_q = (grad_scores @ k.to(scores.dtype)).mul_(what.scale)
+    grad_k = (grad_scores.mT @ q.to(scores.dtype)).mul_(what.scale)
+    return grad_q.to(q.dtype), grad_k, grad_v

@@ -1,0 +1,148 @@
+"""Scored attention in PyTorch operations: attention in tiles, then the losses, scores and lesson of its output.
+
+On CPU, packed examples are computed one by one and keys that no row looks at are left out. Elsewhere nothing is read
+back to the host, so packed examples attend under a mask of all keys: right, but total_q x total_k instead of the sum of Lq x Lk.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .attention_batch import Batch, as_batch
+from .scored_attention_op import FiveTensors, Gradients, Problem, Results, Saved, Scoring
+from .torch_attention import attention_backward, attention_forward, on_cpu, working_dtype
+
+
+@dispatch.register("scored_attention", "torch")
+def scored_attention_forward(problem: Problem, scoring: Scoring) -> Results:
+    """Output, losses, scores and lesson."""
+    batch = as_batch(problem)
+    output, logsumexp = attention_forward(batch.query, batch.key, batch.value, batch.attention)
+    query = problem.query
+    logits = pooled = logit_gradient = scores = None
+    if problem.target is not None:
+        n = batch.counts.clamp(min=1)
+        square = batch.sum_by_example(
+            _residual(batch, output, problem.target).square_().sum((1, 3))
+        )  # ‖f_t − y_t‖² [B, R]
+        losses = square / (2 * n)
+        if scoring.score == "residual":
+            scores = square.sqrt() * {"mean": 1 / n, "sum": 1, "rms": n.rsqrt()}[scoring.per_example]
+    else:
+        pooled = batch.pool(output)
+        logits = _readout(problem, pooled)
+        assert problem.labels is not None
+        losses, logit_gradient = _cross_entropy(logits, problem.labels, batch.valid, bounded=on_cpu(query))
+        if scoring.score in ("logit", "head"):  # one token per example: per_example makes no difference
+            scores = torch.linalg.vector_norm(logit_gradient, dim=1)
+        if scoring.score == "head":  # ‖g hᵀ‖ = ‖g‖ ‖h‖, and with a bias h is one longer
+            square = pooled.to(losses.dtype).square().sum(1)
+            scores *= (square if problem.readout_bias is None else square + 1).sqrt_()
+    if scoring.score == "loss":
+        scores = losses.clone()  # an op's outputs share no memory
+    if scoring.top_k is not None:
+        chosen = torch.ops.attent.select_top_k(
+            scores, scoring.top_k, scoring.temperature, scoring.floor, batch.valid, scoring.seed, True, problem.backend
+        )
+    else:
+        chosen = (losses.new_empty(0, dtype=torch.int64), losses.new_empty(0), losses.new_empty(0))
+    no_rows = problem.rows == "none"
+    return Results(
+        query.new_empty(0) if no_rows else batch.from_rows(output),
+        losses.new_empty(0) if no_rows else logsumexp if batch.offsets is None else logsumexp[0],
+        losses,
+        query.new_empty(0) if logits is None else logits.to(query.dtype),
+        query.new_empty(0) if pooled is None else pooled,
+        losses.new_empty(0) if logit_gradient is None else logit_gradient,
+        losses.new_empty(0) if scores is None else scores,
+        *chosen,
+    )
+
+
+@dispatch.register("scored_attention_backward", "torch")
+def scored_attention_backward(problem: Problem, saved: Saved, grads: Gradients, wanted: list[bool]) -> FiveTensors:
+    """Gradients in query, key, value, readout weight and bias: back through the losses, the readout, then attention."""
+    batch = as_batch(problem)
+    weight = bias = problem.query.new_empty(0)
+    grad_pooled = grads.pooled
+    if problem.readout_weight is not None and (grads.losses is not None or grads.logits is not None):
+        grad_logits = _grad_logits(saved, grads)  # [B, C]
+        if wanted[3]:
+            weight = (grad_logits.mT @ saved.pooled.to(grad_logits.dtype)).to(problem.readout_weight.dtype)
+        if wanted[4]:
+            assert problem.readout_bias is not None
+            bias = grad_logits.sum(0).to(problem.readout_bias.dtype)
+        if any(wanted[:3]):
+            through = grad_logits @ problem.readout_weight.to(grad_logits.dtype)
+            grad_pooled = through if grad_pooled is None else through + grad_pooled
+    if not any(wanted[:3]):  # frozen features: only the readout learns
+        query, key, value = (problem.query.new_empty(0) for _ in range(3))
+        return query, key, value, weight, bias
+
+    output = batch.to_rows(saved.output)
+    parts = []  # of the gradient in output, [B, H, R, Dv]
+    if grads.output is not None:
+        parts.append(batch.blank(batch.to_rows(grads.output)))
+    if grad_pooled is not None:
+        parts.append(batch.unpool(grad_pooled, output.shape[3]))
+    if grads.losses is not None and problem.target is not None:
+        scale = batch.to_each_row(grads.losses / batch.counts.clamp(min=1))
+        parts.append(batch.blank(_residual(batch, output, problem.target).mul_(scale)).to(output.dtype))
+    grad_output = sum(parts[1:], start=parts[0])
+    logsumexp = saved.logsumexp if batch.offsets is None else saved.logsumexp[None]
+    query, key, value = attention_backward(
+        grad_output, batch.query, batch.key, batch.value, output, logsumexp, batch.attention
+    )
+    query = batch.from_only_row(query, problem.query) if batch.is_only_row else query
+    return batch.from_rows(query), batch.from_rows(key), batch.from_rows(value), weight, bias
+
+
+def _residual(batch: Batch, output: Tensor, target: Tensor) -> Tensor:
+    """f_t - y_t, [B, H, R, Dv] in the working dtype."""
+    dtype = batch.counts.dtype
+    return torch.sub(output.to(dtype), batch.to_rows(target).to(dtype))
+
+
+def _readout(problem: Problem, pooled: Tensor) -> Tensor:
+    """Logits [B, C] in the working dtype, of features rounded to the inputs' dtype as at any module's boundary."""
+    assert problem.readout_weight is not None
+    dtype, bias = working_dtype(pooled), problem.readout_bias
+    return torch.nn.functional.linear(
+        pooled.to(dtype), problem.readout_weight.to(dtype), None if bias is None else bias.to(dtype)
+    )
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, valid: Tensor | None, *, bounded: bool) -> tuple[Tensor, Tensor]:
+    """Losses [B] and their gradients in the logits [B, C]; 0 for an example without a query.
+
+    A label outside [0, C) makes both NaN; where PyTorch itself refuses such a label, labels are ``bounded`` already.
+    """
+    labels, outside = labels.long(), None
+    if valid is not None:
+        labels = labels.where(valid, 0)
+    if not bounded:
+        outside = (labels < 0) | (labels >= logits.shape[1])
+        labels = labels.clamp(0, logits.shape[1] - 1)
+    log_p = logits.log_softmax(1)
+    losses = torch.nn.functional.nll_loss(log_p, labels, reduction="none")
+    # p - onehot(y), but its own class as -Σ_{v≠y} p_v: p_y - 1 would cancel where the example is sure.
+    index = labels[:, None]
+    gradient = log_p.exp_().scatter_(1, index, 0)
+    gradient.scatter_(1, index, gradient.sum(1, keepdim=True).neg_())
+    if outside is not None:
+        losses, gradient = losses.masked_fill_(outside, torch.nan), gradient.masked_fill_(outside[:, None], torch.nan)
+    if valid is not None:
+        losses, gradient = losses.where(valid, 0), gradient.where(valid[:, None], 0)
+    return losses, gradient
+
+
+def _grad_logits(saved: Saved, grads: Gradients) -> Tensor:
+    """What comes back to the logits [B, C], from the losses and from themselves, in the working dtype."""
+    through = grads.logits
+    if grads.losses is not None:
+        from_losses = saved.logit_gradient * grads.losses[:, None]
+        return from_losses if through is None else from_losses + through
+    assert through is not None
+    return through.to(saved.logit_gradient.dtype)

@@ -1,0 +1,274 @@
+"""attent.scored_attention: attention, losses, gradient norms and the lesson, against reference.py and autograd in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import attent
+from attent import Readout, reference, scored_attention
+from attent.ops import torch_attention
+from attent.ops.scored_attention import PER_EXAMPLE, POOLS
+from attent.ops.torch_scored_attention import _cross_entropy
+
+# Sums of fewer than 1,000 terms of size about 1, each rounded at 1.1e-16, through two matrix products and a softmax.
+FLOAT64 = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, dtype=dtype)
+
+
+def cu_seqlens(*lengths: int) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+# -------------------------------------------------------------------------------- the specification against autograd
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "lengths": {"query_lengths": torch.tensor([3, 0, 4]), "key_lengths": torch.tensor([5, 2, 1])},
+    "causal with fewer keys than queries": {"is_causal": True, "key_lengths": torch.tensor([2, 0, 5])},
+    "window": {"window": (1, 0)},
+    "softcap": {"softcap": 0.7, "scale": 0.9},
+    "gqa": {"enable_gqa": True},
+    "packed": {"cu_seqlens_q": cu_seqlens(3, 0, 5), "cu_seqlens_k": cu_seqlens(1, 4, 0), "is_causal": True},
+}
+
+
+def inputs_for(options: dict[str, Any], value_width: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    kv_heads = 1 if options.get("enable_gqa") else 2
+    if "cu_seqlens_q" in options:
+        return randn(8, 2, 4), randn(5, kv_heads, 4), randn(5, kv_heads, value_width)
+    return randn(3, 2, 4, 4), randn(3, kv_heads, 5, 4), randn(3, kv_heads, 5, value_width)
+
+
+def output_shape(query: Tensor, value: Tensor) -> tuple[int, ...]:
+    return (*query.shape[:-1], value.shape[-1])
+
+
+@pytest.mark.parametrize("options", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("per_example", PER_EXAMPLE)
+def test_residual_is_the_norm_of_the_gradient_of_the_examples_own_loss_in_its_output(
+    options: dict[str, Any], per_example: str
+) -> None:
+    query, key, value = inputs_for(options)
+    target = randn(*output_shape(query, value))
+    out = reference.scored_attention(query, key, value, target=target, score="residual", per_example=per_example, **options)
+    assert out.output is not None and out.scores is not None
+    rows = rows_of_examples(query, options)
+    for i, own in enumerate(rows):
+        f = out.output.clone().requires_grad_()
+        n = max(1, int(own.sum()))
+        s = {"mean": 1 / n, "sum": 1.0, "rms": n**-0.5}[per_example]
+        per_row = (0.5 * (f - target).square()).sum(-1)  # padded [B, H, T], packed [total, H]
+        loss = (per_row.movedim(1, -1).sum(-1) * own).sum()
+        (gradient,) = torch.autograd.grad(s * loss, f)
+        torch.testing.assert_close(out.scores[i], gradient.norm(), **FLOAT64)
+        torch.testing.assert_close(out.losses[i], loss.detach() / n, **FLOAT64)
+
+
+def rows_of_examples(query: Tensor, options: dict[str, Any]) -> list[Tensor]:
+    """For each example, 1 at its queries: padded [B, T], packed [total]."""
+    if "cu_seqlens_q" in options:
+        start = options["cu_seqlens_q"].tolist()
+        position = torch.arange(len(query))
+        return [((position >= a) & (position < b)).double() for a, b in zip(start[:-1], start[1:], strict=True)]
+    batch, length = query.shape[0], query.shape[2]
+    each = options.get("query_lengths", torch.full((batch,), length))
+    inside = (torch.arange(length) < each[:, None]).double()
+    return [inside * F.one_hot(torch.tensor(i), batch)[:, None] for i in range(batch)]
+
+
+@pytest.mark.parametrize("options", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_head_is_the_norm_of_the_gradient_of_the_examples_own_loss_in_the_readouts_parameters(
+    options: dict[str, Any], pool: str, bias: bool
+) -> None:
+    query, key, value = inputs_for(options)
+    weight, labels = randn(7, 6).requires_grad_(), torch.tensor([6, 0, 3])
+    readout = Readout(weight, labels, randn(7).requires_grad_() if bias else None, pool)
+    out = reference.scored_attention(query, key, value, readout=readout, score="head", **options)
+    assert out.scores is not None and out.logits is not None
+    parameters = [p for p in (weight, readout.bias) if p is not None]
+    for i in range(3):
+        gradients = torch.autograd.grad(out.losses[i], parameters, retain_graph=True)
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        torch.testing.assert_close(out.scores[i], norm, **FLOAT64)
+
+
+@pytest.mark.parametrize("options", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("per_example", PER_EXAMPLE)
+def test_logit_is_the_norm_of_the_gradient_of_the_examples_own_loss_in_its_logits(
+    options: dict[str, Any], per_example: str
+) -> None:
+    query, key, value = inputs_for(options)
+    readout = Readout(randn(7, 6), torch.tensor([6, 0, 3]))
+    out = reference.scored_attention(query, key, value, readout=readout, score="logit", per_example=per_example, **options)
+    assert out.scores is not None and out.logits is not None
+    valid = torch.tensor([float(rows.sum() > 0) for rows in rows_of_examples(query, options)])
+    logits = out.logits.detach().requires_grad_()
+    losses = F.cross_entropy(logits, readout.target, reduction="none") * valid
+    torch.testing.assert_close(out.losses, losses.detach(), **FLOAT64)
+    (gradient,) = torch.autograd.grad(losses.sum(), logits)  # one row an example: their gradients do not mix
+    torch.testing.assert_close(out.scores, gradient.norm(dim=1), **FLOAT64)
+
+
+@pytest.mark.parametrize("keys", [5, 3, 8])
+@pytest.mark.parametrize("window", [None, (2, 1), (0, -1), (-1, 0)])
+def test_reference_attention_is_pytorchs_under_the_same_mask(keys: int, window: tuple[int, int] | None) -> None:
+    query, key, value = randn(2, 3, 5, 4), randn(2, 3, keys, 4), randn(2, 3, keys, 6)
+    out = reference.scored_attention(query, key, value, target=randn(2, 3, 5, 6), is_causal=True, window=window)
+    mask = torch.ones(5, keys, dtype=torch.bool).tril(keys - 5)
+    if window is not None and window[0] >= 0:
+        mask &= torch.ones(5, keys, dtype=torch.bool).triu(keys - 5 - window[0])
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    torch.testing.assert_close(out.output, expected.where(mask.any(-1)[:, None], 0), **FLOAT64)
+
+
+# ------------------------------------------------------------------------ the torch backend against the specification
+
+
+def in_strides(draw: st.DrawFn, *shape: int) -> Tensor:
+    """Random numbers in some memory order, perhaps with gaps, perhaps repeated along a dimension."""
+    order = draw(st.permutations(range(len(shape))))
+    step = draw(st.sampled_from([1, 1, 2]))
+    stored = randn(*(shape[i] for i in order[:-1]), shape[order[-1]] * step)[..., ::step]
+    tensor = stored.permute([order.index(i) for i in range(len(shape))])
+    if draw(st.integers(0, 5)) == 0:
+        tensor = tensor[:1].expand(shape) if shape[0] > 0 else tensor
+    assert tensor.shape == shape
+    return tensor
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Differentiable tensors, and the other arguments, of any call that attent.scored_attention takes."""
+    batch, kv_heads, group = draw(st.integers(0, 4)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    heads, width, value_width = kv_heads * group, draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    torch.manual_seed(draw(st.integers(0, 999)))
+    options: dict[str, Any] = {
+        "is_causal": draw(st.booleans()),
+        "enable_gqa": group > 1 or draw(st.booleans()),
+        "scale": draw(st.sampled_from([None, 0.7, -1.1])),
+        "softcap": draw(st.sampled_from([None, None, 0.8])),
+        "window": draw(st.sampled_from([None, None, (0, 0), (2, 1), (-1, 2), (1, -1)])),
+    }
+    each = st.lists(st.integers(0, 7), min_size=batch, max_size=batch)
+    integer = draw(st.sampled_from([torch.int32, torch.int64]))
+    if draw(st.booleans()):
+        lengths_q, lengths_k = draw(each), draw(each)
+        options["cu_seqlens_q"], options["cu_seqlens_k"] = cu_seqlens(*lengths_q), cu_seqlens(*lengths_k)
+        lead_q, lead_k = (sum(lengths_q), heads), (sum(lengths_k), kv_heads)
+    else:
+        queries, keys = draw(st.integers(0, 7)), draw(st.integers(0, 7))
+        if draw(st.booleans()):
+            keys = queries
+        for name, most in (("query_lengths", queries), ("key_lengths", keys)):
+            if draw(st.booleans()):
+                options[name] = torch.tensor([min(x, most) for x in draw(each)], dtype=integer)
+        lead_q, lead_k = (batch, heads, queries), (batch, kv_heads, keys)
+    tensors = {
+        "query": in_strides(draw, *lead_q, width),
+        "key": in_strides(draw, *lead_k, width),
+        "value": in_strides(draw, *lead_k, value_width),
+    }
+    if draw(st.booleans()):
+        options["target"] = in_strides(draw, *lead_q, value_width)
+        options["score"] = draw(st.sampled_from([None, "residual", "loss"]))
+    else:
+        classes = draw(st.integers(1, 6))
+        tensors["weight"] = in_strides(draw, classes, heads * value_width)
+        if draw(st.booleans()):
+            tensors["bias"] = randn(classes)
+        options["labels"] = torch.randint(classes, (batch,), dtype=integer)
+        options["pool"] = draw(st.sampled_from(POOLS))
+        options["score"] = draw(st.sampled_from([None, "logit", "head", "loss"]))
+    options["per_example"] = draw(st.sampled_from(PER_EXAMPLE))
+    if options["score"] is not None:
+        options["top_k"] = draw(st.integers(0, batch))
+        options["temperature"] = draw(st.sampled_from([0.0, 0.0, 1.0]))
+        options["floor"] = draw(st.sampled_from([0.0, 0.5]))
+        options["seed"] = 3
+    return tensors, options
+
+
+def call(function: Callable[..., Any], tensors: dict[str, Tensor], options: dict[str, Any], **more: Any) -> Any:
+    options = {**options, **more}
+    labels, pool = options.pop("labels", None), options.pop("pool", None)
+    if labels is not None:
+        options["readout"] = Readout(tensors["weight"], labels, tensors.get("bias"), pool)
+    return function(tensors["query"], tensors["key"], tensors["value"], **options)
+
+
+def gradients(out: Any, tensors: dict[str, Tensor], cotangents: list[Tensor]) -> list[Tensor]:
+    outputs = [x for x in (out.output, out.losses, out.logits, out.pooled) if x is not None]
+    total = sum((x * c).sum() for x, c in zip(outputs, cotangents, strict=True))
+    if not total.requires_grad:  # the specification of an empty batch
+        return [torch.zeros_like(t) for t in tensors.values()]
+    found = torch.autograd.grad(total, list(tensors.values()), allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(found, tensors.values(), strict=True)]
+
+
+@settings(max_examples=300)
+@given(problem=problems(), tiny_tiles=st.booleans())
+def test_torch_backend_is_the_specification_in_float64(
+    problem: tuple[dict[str, Tensor], dict[str, Any]], tiny_tiles: bool
+) -> None:
+    tensors = {name: t.requires_grad_() for name, t in problem[0].items()}
+    options = problem[1]
+    expected = call(reference.scored_attention, tensors, options)
+    limit = 40 if tiny_tiles else torch_attention.TILE_BYTES  # a few rows of a few keys
+    with (
+        mock.patch.object(torch_attention, "TILE_BYTES", limit),
+        mock.patch.object(torch_attention, "CPU_TILE_ROWS", 2 if tiny_tiles else torch_attention.CPU_TILE_ROWS),
+    ):
+        out = call(scored_attention, tensors, options)
+        cotangents = [randn(*x.shape) for x in (out.output, out.losses, out.logits, out.pooled) if x is not None]
+        found = gradients(out, tensors, cotangents)
+    for name in ("output", "logsumexp", "losses", "logits", "pooled", "scores"):
+        torch.testing.assert_close(getattr(out, name), getattr(expected, name), **FLOAT64, msg=lambda m, n=name: f"{n}: {m}")
+    for gradient, wanted, name in zip(found, gradients(expected, tensors, cotangents), tensors, strict=True):
+        torch.testing.assert_close(gradient, wanted, **FLOAT64, msg=lambda m, n=name: f"gradient in {n}: {m}")
+    if out.scores is not None:
+        assert not out.scores.requires_grad and not out.logsumexp.requires_grad
+        counts = options["cu_seqlens_q"].diff() if "cu_seqlens_q" in options else options.get("query_lengths")
+        if counts is None:
+            counts = torch.full((len(out.losses),), tensors["query"].shape[2])
+        # Of the backend's own scores: where two are equal up to rounding, either order is right.
+        lesson = reference.select_top_k(
+            out.scores, options["top_k"], temperature=options["temperature"], floor=options["floor"], valid=counts > 0, seed=3
+        )
+        torch.testing.assert_close(out.selection, lesson, **FLOAT64)
+
+
+@settings(max_examples=100)
+@given(problem=problems())
+def test_leaving_the_output_out_changes_nothing_else(problem: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
+    tensors, options = problem
+    whole = call(scored_attention, tensors, options)
+    lean = call(scored_attention, tensors, options, return_output=False)
+    trained = {name: t.requires_grad_() for name, t in tensors.items()}
+    lean_with_gradient = call(scored_attention, trained, options, return_output=False)
+    cotangent = [randn(len(whole.losses))]
+    for out in (lean, lean_with_gradient):
+        assert out.output is None and out.logsumexp is None
+        for name in ("losses", "logits", "pooled", "scores", "selection"):
+            torch.testing.assert_close(getattr(out, name), getattr(whole, name), **FLOAT64)
+    losses_only = lean_with_gradient._replace(logits=None, pooled=None)
+    expected = call(reference.scored_attention, trained, options)._replace(output=None, logits=None, pooled=None)
+    for gradient, wanted in zip(
+        gradients(losses_only, trained, cotangent), gradients(expected, trained, cotangent), strict=True
+    ):
+        torch.testing.assert_close(gradient, wanted, **FLOAT64)
