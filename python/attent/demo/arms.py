@@ -1,0 +1,189 @@
+"""One training run of each arm: full data, full data at the same compute, attent. All three share one loop."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+import attent
+
+from .data import Images
+from .learner import VisionTransformer
+
+FULL, SAME_COMPUTE, ATTENT = "full data", "full data, same compute", "attent"
+ARMS = (FULL, SAME_COMPUTE, ATTENT)
+
+#: Batch size -> learning rate. Every arm tries both batch sizes. Each rate is the best of those tried for *full data at
+#: the same compute* (1 to 6 times 10^-3, on 10,000 and 50,000 training images, with a held-out part of the training set
+#: and seeds that the demo does not use); attent got the same rates.
+LEARNING_RATES = {32: 2e-3, 64: 3e-3}
+WEIGHT_DECAY = 0.05
+WARMUP_SHARE = 0.05
+#: A run is evaluated after each of this many equal parts of its steps, with the clock stopped.
+EVALUATIONS = 5
+EVALUATION_BATCH = 1000
+SCORING_ROUNDS = 40
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run did and reached. Seconds are measured, teaching included, evaluations excluded."""
+
+    arm: str
+    seed: int
+    batch_size: int
+    steps: int
+    seconds: float
+    teaching_seconds: float
+    accuracy: float  # per cent of the test set, after the last step
+    curve: list[tuple[float, float]]  # (seconds, accuracy)
+    visits: Tensor  # [N] how often each training image was trained on
+
+    @property
+    def examples(self) -> int:
+        """Examples trained on, repeats counted."""
+        return self.steps * self.batch_size
+
+
+class Stopwatch:
+    """Seconds of the training loop; stopped while a run is evaluated."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        self.seconds += time.perf_counter() - self._since
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+
+def train_on_full_data(
+    images: Images, seed: int, batch_size: int, steps: int, arm: str, step_done: Callable[[], object]
+) -> Run:
+    """``steps`` steps over the whole training set, reshuffled at each pass; the learning rate decays over just them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def batches() -> Iterator[Tensor]:
+        while True:
+            order = torch.randperm(len(images.train_images), generator=generator)
+            for begin in range(0, len(order) - batch_size + 1, batch_size):
+                yield order[begin : begin + batch_size]
+
+    return _learn(images, batches(), steps, arm, seed, batch_size, None, 0.0, step_done)
+
+
+def train_with_attent(
+    images: Images,
+    seed: int,
+    batch_size: int,
+    epochs: int,
+    ratio: float,
+    scoring_seconds: float,
+    step_done: Callable[[], object],
+) -> Run:
+    """``epochs`` passes, full or reduced as the teacher schedules them; scores come out of the loss (the harvest way).
+
+    ``scoring_seconds`` is what the scores cost in each step: it is counted as teaching, with what the teacher measures.
+    """
+    teacher = attent.Teacher(len(images.train_images), total_epochs=epochs, ratio=ratio, seed=seed)
+    sampler = teacher.sampler(batch_size=batch_size)
+
+    def batches() -> Iterator[Tensor]:
+        for _ in range(epochs):
+            yield from map(torch.tensor, sampler)
+
+    steps = teacher.total_steps(batch_size)
+    return _learn(images, batches(), steps, ATTENT, seed, batch_size, teacher, scoring_seconds, step_done)
+
+
+def same_compute_steps(attent_run: Run) -> int:
+    """Steps on full data that take attent's measured seconds: its own, and those its teaching would have paid for."""
+    seconds_per_step = (attent_run.seconds - attent_run.teaching_seconds) / attent_run.steps
+    return attent_run.steps + math.ceil(attent_run.teaching_seconds / seconds_per_step)
+
+
+def seconds_of_scoring(images: Images, batch_size: int) -> float:
+    """What returning scores adds to one step: the median of paired forwards with and without them, never below 0.
+
+    It is far below what a busy machine adds to a wall clock, so it is taken from the processor time of this thread.
+    """
+    torch.manual_seed(0)
+    learner = VisionTransformer()
+    batch, labels = images.train_images[:batch_size], images.train_labels[:batch_size]
+
+    def seconds(score: str | None) -> float:
+        began = time.thread_time()
+        learner(batch, labels, score)
+        return time.thread_time() - began
+
+    pairs = [(seconds("logit"), seconds(None)) for _ in range(SCORING_ROUNDS)]
+    return max(0.0, statistics.median(scored - plain for scored, plain in pairs))
+
+
+def accuracy(learner: VisionTransformer, images: Images) -> float:
+    """Per cent of the test images that the learner names right."""
+    right = 0
+    with torch.no_grad():
+        for begin in range(0, len(images.test_labels), EVALUATION_BATCH):
+            part = slice(begin, begin + EVALUATION_BATCH)
+            named = learner.predict(images.test_images[part]).argmax(dim=1)
+            right += int((named == images.test_labels[part]).sum())
+    return 100 * right / len(images.test_labels)
+
+
+def _learn(
+    images: Images,
+    batches: Iterator[Tensor],
+    steps: int,
+    arm: str,
+    seed: int,
+    batch_size: int,
+    teacher: attent.Teacher | None,
+    scoring_seconds: float,
+    step_done: Callable[[], object],
+) -> Run:
+    """The loop of every arm. What attent adds to it: the score asked for in the forward, and ``teacher.record``."""
+    torch.manual_seed(seed)  # the same initial learner in every arm
+    learner = VisionTransformer()
+    rate = LEARNING_RATES[batch_size]
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=rate, weight_decay=WEIGHT_DECAY, fused=True)
+    scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
+    score = None if teacher is None else "logit"
+    trained_on, curve = [], []
+    checkpoints = [math.ceil(steps * part / EVALUATIONS) for part in range(1, EVALUATIONS + 1)]
+    watch = Stopwatch()
+    for step in range(1, steps + 1):
+        ids = next(batches)
+        result = learner(images.train_images[ids], images.train_labels[ids], score)
+        optimizer.zero_grad()
+        result.losses.mean().backward()
+        optimizer.step()
+        scheduler.step()
+        if teacher is not None:
+            teacher.record(ids, result.scores)
+        trained_on.append(ids)
+        if step in checkpoints:
+            watch.stop()
+            curve += [(watch.seconds, accuracy(learner, images))] * checkpoints.count(step)  # more than 1 in tiny runs
+            watch.start()
+        step_done()
+    taught = 0.0 if teacher is None else teacher.summary()["teaching_seconds"] + steps * scoring_seconds
+    visits = torch.bincount(torch.cat(trained_on), minlength=len(images.train_images))
+    return Run(arm, seed, batch_size, steps, curve[-1][0], taught, curve[-1][1], curve, visits)
+
+
+def warmup_cosine(step: int, steps: int) -> float:
+    """The share of the peak learning rate at ``step`` of ``steps``: a linear warm-up, then a cosine down to 0."""
+    warmup = max(1, round(WARMUP_SHARE * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

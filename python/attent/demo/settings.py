@@ -1,0 +1,35 @@
+"""What the command line sets for the demo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .._checks import check_int, check_number, refuse
+from .data import SUBSET
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line sets."""
+
+    seeds: int = 3
+    data: str = SUBSET
+    epochs: int = 8
+    ratio: float = 0.3
+    out: Path = Path("demo.png")
+    json: Path | None = None
+    threads: int | None = None  # None: as torch is set
+
+    def check(self) -> None:
+        """Refuse values that no run can use, before any time is spent."""
+        check_int("--seeds", self.seeds, low=1)
+        check_int("--epochs", self.epochs, low=2, why="a full one for the first scores, then those that attent reduces")
+        check_number("--ratio", self.ratio, low=0, high=1, open_low=True)
+        if self.threads is not None:
+            check_int("--threads", self.threads, low=1)
+        if self.out.suffix.lower() != ".png":
+            refuse("--out", repr(str(self.out)), "a path that ends in .png")
+        for argument, path in (("--out", self.out), ("--json", self.json)):
+            if path is not None and not path.absolute().parent.is_dir():
+                refuse(argument, repr(str(path)), "a path in a folder that exists")
