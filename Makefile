@@ -76,7 +76,7 @@ gpu: $(INSTALLED)  ## the tests that need a CUDA device
 .PHONY: build
 build: $(INSTALLED)  ## source distribution and wheel into dist/, and the wheel imported outside the checkout
 	rm -rf build dist
-	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m build -q --no-isolation
 	away=$$(mktemp -d); trap 'rm -rf "$$away"' EXIT; \
 	$(BIN)/python -m venv --without-pip "$$away"; \
 	$(BIN)/python -m pip --python "$$away/bin/python" install -q --no-deps dist/*.whl; \

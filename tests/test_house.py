@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import attent
+from attent_kernels import row_statistics
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"attent": ROOT / "python" / "attent", "attent_kernels": ROOT / "attent_kernels"}
@@ -175,13 +176,21 @@ def test_importing_attent_adds_little_to_importing_torch() -> None:
     assert best <= 0.3
 
 
+def python_blocks(markdown: str) -> list[str]:
+    """The code that a page shows (```python) and what it starts from, which readers need not see (<!-- python)."""
+    found = re.finditer(r"^```python\n(.*?)^```|^<!-- python\n(.*?)^-->", markdown, re.MULTILINE | re.DOTALL)
+    return [shown or unseen for shown, unseen in (match.groups() for match in found)]
+
+
+def test_python_blocks_are_found_in_the_order_of_the_page() -> None:
+    page = "<!-- python\nx = 1\n-->\ntext\n```python\ny = x\n```\n```console\nmake\n```\n```python\nz = y\n```\n"
+    assert python_blocks(page) == ["x = 1\n", "y = x\n", "z = y\n"]
+
+
 def test_the_python_in_readme_runs() -> None:
-    blocks = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
     # One namespace, as the reader goes: a block may use what an earlier one made.
     namespace: dict[str, object] = {"attent": attent, "torch": torch}
-    for number, block in enumerate(blocks, start=1):
+    for number, block in enumerate(python_blocks((ROOT / "README.md").read_text(encoding="utf-8")), start=1):
         exec(compile(block, f"README.md, python block {number}", "exec"), namespace)
 
 
@@ -239,10 +248,16 @@ def test_distributions_hold_all_of_the_packages_and_nothing_else(checkout: Path)
     assert triton is not None and not triton.evaluate({"platform_system": "Darwin", "platform_machine": "arm64"})
 
 
+def test_the_native_module_is_built_where_there_is_a_compiler() -> None:
+    if os.environ.get("ATTENT_NATIVE") == "0":
+        pytest.skip("ATTENT_NATIVE=0")
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++")
+    assert row_statistics.unavailable() is None
+
+
 @pytest.mark.slow
 def test_a_failed_native_build_is_an_error_only_when_asked_for(checkout: Path) -> None:
-    if not list((checkout / "csrc").glob("*.cpp")):
-        pytest.skip("csrc has no C++ yet")
     no_compiler = {"CC": "/bin/false", "CXX": "/bin/false"}
     reason = checkout / "attent_kernels" / "_native_failure.txt"
 

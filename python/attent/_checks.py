@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
@@ -34,24 +34,36 @@ def describe(value: object) -> str:
 def check_tensor(
     argument: str,
     value: object,
-    takes: str,
+    takes: str | Callable[[], str],
     *,
     shape: Sequence[int | None] | None = None,
     dtypes: Sequence[torch.dtype] | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Refuse ``value`` unless it is a tensor of this shape (None: any size), one of these dtypes, on this device."""
+    """Refuse ``value`` unless it is a tensor of this shape (None: any size), one of these dtypes, on this device.
+
+    ``takes`` is a function where it names sizes: they may be symbols, which a compiler's trace cannot put into words.
+    """
     if not isinstance(value, Tensor):
-        refuse(argument, describe(value), takes)
-    if shape is not None and (
-        value.dim() != len(shape) or any(want is not None and want != n for want, n in zip(shape, value.shape, strict=True))
-    ):
-        refuse(argument, describe(value), takes)
+        refuse(argument, describe(value), in_words(takes))
+    if shape is not None and not has_shape(value, shape):
+        refuse(argument, describe(value), in_words(takes))
     if dtypes is not None and value.dtype not in dtypes:
-        refuse(argument, describe(value), takes)
+        refuse(argument, describe(value), in_words(takes))
     if device is not None and value.device != device:
-        refuse(argument, describe(value), f"{takes}, on {device} like the other tensors")
+        refuse(argument, describe(value), f"{in_words(takes)}, on {device} like the other tensors")
     return value
+
+
+def has_shape(value: Tensor, shape: Sequence[int | None]) -> bool:
+    """Whether ``value`` is of this shape; None: any size."""
+    if value.dim() != len(shape):
+        return False
+    return all(want is None or want == size for want, size in zip(shape, value.shape, strict=True))
+
+
+def in_words(takes: str | Callable[[], str]) -> str:
+    return takes if isinstance(takes, str) else takes()
 
 
 def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
@@ -67,26 +79,25 @@ def check_number(
     takes = f"a number in {'(' if open_low else '['}{low:g}, {high:g}]"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         refuse(argument, describe(value), takes)
-    number = float(value)
-    if not math.isfinite(number) or number < low or number > high or (open_low and number == low):
+    # Comparisons rather than math.isfinite: a compiler's trace may hold a symbol here. NaN fails the first.
+    if not -math.inf < value < math.inf or value < low or value > high or (open_low and value == low):
         refuse(argument, value, takes)
-    return number
+    return value
 
 
 def check_int(argument: str, value: object, *, low: int | None = None, high: int | None = None, why: str = "") -> None:
-    """Refuse ``value`` unless it is an int in [low, high]; symbolic ints of a compiler's trace are taken as they are."""
+    """Refuse ``value`` unless it is an int in [low, high]; a compiler's symbolic ints are taken as they are."""
     if isinstance(value, torch.SymInt):
         return
-    span = f"[{'-inf' if low is None else low}, {'inf' if high is None else high}]"
-    takes = f"an int in {span}" + (f" ({why})" if why else "")
-    if isinstance(value, bool) or not isinstance(value, int):
-        refuse(argument, describe(value), takes)
-    if (low is not None and value < low) or (high is not None and value > high):
-        refuse(argument, value, takes)
+    fits = isinstance(value, int) and (low is None or value >= low) and (high is None or value <= high)
+    if not fits or isinstance(value, bool):
+        # Written only now: in a compiler's trace, formatting a symbolic bound would pin it to one value.
+        span = f"[{'-inf' if low is None else low}, {'inf' if high is None else high}]"
+        refuse(argument, describe(value), f"an int in {span}" + (f" ({why})" if why else ""))
 
 
 def values_readable(value: Tensor) -> bool:
-    """Whether values may be read to check them: on CPU, outside a compiler's trace; elsewhere only with ATTENT_CHECK=1."""
+    """Whether values may be read to check them: on CPU outside a trace, elsewhere only with ATTENT_CHECK=1."""
     if torch.compiler.is_compiling() or isinstance(value, torch._subclasses.FakeTensor) or value.is_meta:
         return False
     return value.device.type == "cpu" or os.environ.get("ATTENT_CHECK") == "1"
@@ -94,12 +105,15 @@ def values_readable(value: Tensor) -> bool:
 
 def check_cu_seqlens(argument: str, value: object, total: int, device: torch.device, total_name: str) -> Tensor:
     """Refuse ``value`` unless it is int32 ``[B+1]``, rises from 0 to ``total`` and never falls."""
-    takes = f"int32 [B+1] rising from 0 to {total_name}={total}, never falling"
+
+    def takes() -> str:
+        return f"int32 [B+1] rising from 0 to {total_name}={total}, never falling"
+
     cu_seqlens = check_tensor(argument, value, takes, shape=(None,), dtypes=(torch.int32,), device=device)
     if cu_seqlens.numel() < 1:
-        refuse(argument, describe(cu_seqlens), takes)
+        refuse(argument, describe(cu_seqlens), takes())
     if values_readable(cu_seqlens) and not (
         int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == total and bool((cu_seqlens.diff() >= 0).all())
     ):
-        refuse(argument, cu_seqlens.tolist() if cu_seqlens.numel() <= 16 else describe(cu_seqlens), takes)
+        refuse(argument, cu_seqlens.tolist() if cu_seqlens.numel() <= 16 else describe(cu_seqlens), takes())
     return cu_seqlens

@@ -10,10 +10,12 @@ Arguments have the meaning, shapes and defaults of the public functions of the s
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .ops.scored_attention import Readout, ScoredAttention
 from .philox import gumbel, random_bits, seed_tensor
 from .selection import Selection
 
@@ -36,7 +38,7 @@ def linear_cross_entropy(
     score: str | tuple[str, ...] | None = None,
     per_example: str = "rms",
     cu_seqlens: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, dict[str, Tensor]]:
+) -> Any:
     """Cross-entropy of ``input @ linear_weight.T + linear_bias`` and the gradient norm of each example's own loss."""
     hidden, labels, example, valid, num_examples = _tokens(input, target, ignore_index, shift, cu_seqlens)
     if example_weight is not None:
@@ -71,11 +73,19 @@ def linear_cross_entropy(
         names = (score,) if isinstance(score, str) else score
         scores = {
             name: _score(
-                name, losses, gradient, valid, example, num_examples, per_example,
-                features=hidden, linear_weight=linear_weight, with_bias=linear_bias is not None,
+                name,
+                losses,
+                gradient,
+                valid,
+                example,
+                num_examples,
+                per_example,
+                features=hidden,
+                linear_weight=linear_weight,
+                with_bias=linear_bias is not None,
             )
             for name in names
-        }  # fmt: skip
+        }
     return (loss, scores[score]) if isinstance(score, str) else (loss, scores)
 
 
@@ -104,10 +114,19 @@ def example_scores(
         losses = 0.5 * gradient.square().sum(-1)
     if features is not None:
         features = features.reshape(-1, features.shape[-1])
+    name = "logit" if score == "residual" else score
     return _score(
-        "logit" if score == "residual" else score, losses, gradient, valid, example, num_examples, per_example,
-        features=features, linear_weight=linear_weight, with_bias=False,
-    ).detach()  # fmt: skip
+        name,
+        losses,
+        gradient,
+        valid,
+        example,
+        num_examples,
+        per_example,
+        features=features,
+        linear_weight=linear_weight,
+        with_bias=False,
+    ).detach()
 
 
 def gradient_scores(
@@ -135,23 +154,22 @@ def score_and_select(
     temperature: float = 0.0,
     floor: float = 0.0,
     seed: int | Tensor | None = None,
-    **options: object,
+    **options: Any,
 ) -> Selection:
-    """The lesson of a pool: :func:`linear_cross_entropy`'s scores, then :func:`select_top_k` with valid examples first."""
-    _, scores = linear_cross_entropy(input, linear_weight, target, score=score, **options)  # type: ignore[arg-type, misc]
-    shift, cu_seqlens = bool(options.get("shift", False)), options.get("cu_seqlens")
-    ignore_index, example_weight = options.get("ignore_index", -100), options.get("example_weight")
-    _, _, example, valid, num_examples = _tokens(input, target, ignore_index, shift, cu_seqlens)  # type: ignore[arg-type]
+    """The lesson of a pool: :func:`linear_cross_entropy`'s scores, then :func:`select_top_k`, valid examples first."""
+    scores = linear_cross_entropy(input, linear_weight, target, score=(score,), **options)[1][score]
+    shift, cu_seqlens = options.get("shift", False), options.get("cu_seqlens")
+    _, _, example, valid, num_examples = _tokens(input, target, options.get("ignore_index", -100), shift, cu_seqlens)
     has_token = _sum_by_example(valid.float(), example, num_examples) > 0
-    if isinstance(example_weight, Tensor):
-        has_token &= example_weight != 0
+    if options.get("example_weight") is not None:
+        has_token &= options["example_weight"] != 0
     return select_top_k(scores, k, temperature=temperature, floor=floor, valid=has_token, seed=seed)
 
 
 def _tokens(
     input: Tensor, target: Tensor, ignore_index: int, shift: bool, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """Every layout as one list of tokens: hidden [N, D], target [N] or [N, V], example of each [N], valid [N], and B."""
+    """Every layout as one list of tokens: hidden [N, D], target [N] or [N, V], each one's example [N], valid [N]; B."""
     if cu_seqlens is not None:
         num_examples = len(cu_seqlens) - 1
         example = torch.arange(num_examples, device=input.device).repeat_interleave(cu_seqlens.diff().long())
@@ -173,12 +191,12 @@ def _tokens(
 def _target_mass(
     labels: Tensor, valid: Tensor, logits: Tensor, label_smoothing: float, weight: Tensor | None
 ) -> Tensor:
-    """The mass w_v q_v that the target puts on each class, [N, V]: smoothed, times class weights, 0 for ignored tokens."""
+    """The mass w_v q_v of the target on each class [N, V]: smoothed, times class weights, 0 for ignored tokens."""
     classes = logits.shape[-1]
     if labels.is_floating_point():
         q = labels.to(logits.dtype)
     else:
-        q = torch.nn.functional.one_hot(labels.where(valid, 0), classes).to(logits.dtype)
+        q = torch.nn.functional.one_hot(labels.long().where(valid, 0), classes).to(logits.dtype)
     q = (1 - label_smoothing) * q + label_smoothing / classes
     if weight is not None:
         q = q * weight
@@ -186,10 +204,10 @@ def _target_mass(
 
 
 def _cross_entropy_and_gradient(logits: Tensor, mass: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """Token losses ℓ_t = −Σ_v m_v log p_v [N] and their gradients in the raw logits, d (M p − m), M = Σ_v m_v [N, V]."""
+    """Token losses ℓ_t = −Σ_v m_v log p_v [N]; their gradients in the raw logits, d (M p − m) [N, V], M = Σ_v m_v."""
     capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     log_p = capped.log_softmax(-1)
-    losses = -torch.where(mass == 0, 0, mass * log_p).sum(-1)
+    losses = torch.where(mass == 0, 0, -mass * log_p).sum(-1)  # 0 times a log of −inf is 0
     slope = 1 if softcap is None else 1 - (capped / softcap).square()
     gradient = slope * (mass.sum(-1, keepdim=True) * log_p.exp() - mass)
     return losses, gradient
@@ -232,6 +250,142 @@ def _sum_by_example(values: Tensor, example: Tensor, num_examples: int) -> Tenso
 
 
 # ----------------------------------------------------------------------------------------------- scored attention
+
+
+def scored_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    target: Tensor | None = None,
+    readout: Readout | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    query_lengths: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    score: str | None = None,
+    per_example: str = "rms",
+    top_k: int | None = None,
+    temperature: float = 0.0,
+    floor: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> ScoredAttention:
+    """Attention, then each example's loss and the gradient norm of that loss, one example at a time."""
+    packed = cu_seqlens_q is not None and cu_seqlens_k is not None
+    if packed:
+        queries, keys = _segments(query, cu_seqlens_q), _segments(key, cu_seqlens_k)
+        values, targets = _segments(value, cu_seqlens_k), _segments(target, cu_seqlens_q)
+    else:
+        queries, keys = _rows(query, query_lengths), _rows(key, key_lengths)
+        values, targets = _rows(value, key_lengths), _rows(target, query_lengths)
+
+    outputs, logsumexps, losses, logits, pooled, scores = [], [], [], [], [], []
+    for i, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):  # [Hq, Lq, D], [Hkv, Lk, D], [Hkv, Lk, Dv]
+        scaled = q.shape[-1] ** -0.5 if scale is None else scale
+        output, logsumexp = _attend(q, k, v, scaled, softcap, is_causal, (-1, -1) if window is None else window)
+        outputs.append(output)
+        logsumexps.append(logsumexp.detach())
+        n = output.shape[1]
+        if readout is None:
+            residual = output - targets[i]  # f_t - y_t over all heads
+            losses.append(0.5 * residual.square().sum() / max(n, 1))
+            s = {"mean": 1 / max(n, 1), "sum": 1, "rms": max(n, 1) ** -0.5}[per_example]
+            norm = s * residual.norm()
+        else:
+            rows = {"mean": slice(None), "first": slice(0, 1), "last": slice(-1, None)}[readout.pool]
+            h = (output[:, rows].mean(1) if n > 0 else output.sum(1)).flatten()  # [Hq * Dv], 0 without a query
+            z = readout.weight @ h + (0 if readout.bias is None else readout.bias)  # [C]
+            label = torch.nn.functional.one_hot(readout.target[i].long().clamp(0, len(z) - 1), len(z))
+            losses.append(-(label * z.log_softmax(0)).sum() * (n > 0))
+            pooled.append(h)
+            logits.append(z)
+            norm = (z.softmax(0) - label).norm() * (n > 0)  # one token: per_example makes no difference
+            if score == "head":  # the gradient in W is g hᵀ, that in b is g
+                norm = norm * (h.square().sum() + (readout.bias is not None)).sqrt()
+        scores.append((losses[-1] if score == "loss" else norm).detach())
+
+    heads, width = query.shape[1], value.shape[-1]
+    if packed:
+        whole = torch.cat([query.new_zeros(0, heads, width), *(o.transpose(0, 1) for o in outputs)])
+        logsumexp = torch.cat([query.new_zeros(heads, 0), *logsumexps], dim=1)
+    else:
+        pad = [(0, query.shape[2] - o.shape[1]) for o in outputs]
+        padded = [torch.nn.functional.pad(o, (0, 0, *p)) for o, p in zip(outputs, pad, strict=True)]
+        whole = _stack(padded, query.new_zeros(heads, query.shape[2], width))
+        padded = [torch.nn.functional.pad(x, p, value=-math.inf) for x, p in zip(logsumexps, pad, strict=True)]
+        logsumexp = _stack(padded, query.new_zeros(heads, query.shape[2]))
+    all_scores = None if score is None else _stack(scores, query.new_zeros(()))
+    selection = None
+    if all_scores is not None and top_k is not None:
+        valid = torch.tensor([o.shape[1] > 0 for o in outputs], dtype=torch.bool, device=query.device)
+        selection = select_top_k(all_scores, top_k, temperature=temperature, floor=floor, valid=valid, seed=seed)
+    return ScoredAttention(
+        output=whole,
+        logsumexp=logsumexp,
+        losses=_stack(losses, query.new_zeros(())),
+        logits=None if readout is None else _stack(logits, query.new_zeros(len(readout.weight))),
+        pooled=None if readout is None else _stack(pooled, query.new_zeros(heads * width)),
+        scores=all_scores,
+        selection=selection,
+    )
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    softcap: float | None,
+    is_causal: bool,
+    window: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """One example's attention: output [Hq, Lq, Dv] and logsumexp [Hq, Lq]; 0 and -inf for a query without a key."""
+    group = query.shape[0] // key.shape[0]
+    key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
+    s = scale * query @ key.mT  # [Hq, Lq, Lk]
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    lq, lk = s.shape[1:]
+    left, right = window
+    position = torch.arange(lq, device=s.device)[:, None] + lk - lq  # the last query stands beside the last key
+    j = torch.arange(lk, device=s.device)[None, :]
+    allowed = torch.ones(lq, lk, dtype=torch.bool, device=s.device)
+    if is_causal:
+        allowed &= j <= position
+    if left >= 0:
+        allowed &= j >= position - left
+    if right >= 0:
+        allowed &= j <= position + right
+    s = s.masked_fill(~allowed, -math.inf)
+    logsumexp = s.logsumexp(-1)
+    # Without a key, exp(-inf - -inf) would be NaN, and so would its gradient.
+    p = (s - logsumexp.masked_fill(~allowed.any(-1), 0)[..., None]).exp()
+    return p @ value, logsumexp
+
+
+def _segments(tensor: Tensor | None, cu_seqlens: Tensor | None) -> list[Tensor]:
+    """Packed [total, H, D] as one [H, L, D] per example."""
+    if tensor is None or cu_seqlens is None:
+        return []
+    return [tensor[a:b].transpose(0, 1) for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)]
+
+
+def _rows(tensor: Tensor | None, lengths: Tensor | None) -> list[Tensor]:
+    """Padded [B, H, T, D] as one [H, L, D] per example."""
+    if tensor is None:
+        return []
+    each = [tensor.shape[2]] * len(tensor) if lengths is None else lengths.tolist()
+    return [example[:, :length] for example, length in zip(tensor, each, strict=True)]
+
+
+def _stack(examples: list[Tensor], like: Tensor) -> Tensor:
+    """Tensors of B examples as one [B, ...]; none at all: [0, ...] like ``like``."""
+    return torch.stack(examples) if examples else like[None][:0]
 
 
 # ------------------------------------------------------------------------------------------------------- selection

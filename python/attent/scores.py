@@ -8,11 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import FLOATING, check_choice, check_cu_seqlens, check_tensor, describe, refuse, values_readable
-from .ops.linear_cross_entropy import PER_EXAMPLE, check_target
-from .ops.logits_passes import Targets
+from ._checks import (
+    FLOATING,
+    check_choice,
+    check_cu_seqlens,
+    check_int,
+    check_tensor,
+    describe,
+    refuse,
+    values_readable,
+)
+from .ops.linear_cross_entropy import PER_EXAMPLE, check_target, check_whole
+from .ops.linear_cross_entropy_op import statistics_dtype
+from .ops.logits_passes import Targets, square_norms
 from .ops.tokens import list_tokens
-from .ops.torch_linear_cross_entropy import Problem, run, statistics_dtype
+from .ops.torch_linear_cross_entropy import Problem, run
 from .ops.vocabulary_shards import whole
 
 LOSSES = ("cross_entropy", "squared")
@@ -60,31 +70,34 @@ def example_scores(
     check_choice("loss", loss, LOSSES)
     check_choice("score", score, SCORES[loss])
     check_choice("per_example", per_example, PER_EXAMPLE)
+    check_int("ignore_index", ignore_index)
     squared = loss == "squared"
+    check_whole("prediction", prediction)
     check_tensor("prediction", prediction, "a floating tensor [B, ...]", dtypes=FLOATING)
-    if squared and prediction.dim() == 1 and cu_seqlens is None:
-        check_tensor("target", target, "values shaped like prediction", shape=prediction.shape, dtypes=FLOATING)
+    if squared and cu_seqlens is None and prediction.dim() == 1:  # one number per example
+        check_values(target, prediction)
         prediction, target = prediction[:, None], target[:, None]
-    shapes = "[N, V] with cu_seqlens" if cu_seqlens is not None else "[B, V] or [B, T, V]"
-    if cu_seqlens is not None and prediction.dim() != 2 or prediction.dim() < 2 or (prediction.dim() > 3 and not squared):
-        refuse("prediction", describe(prediction), shapes)
-    shape, width, device = tuple(prediction.shape[:-1]), prediction.shape[-1], prediction.device
-    if width < 1:
-        refuse("prediction", describe(prediction), f"{shapes}, V >= 1")
-    if squared:
-        check_tensor(
-            "target", target, "values shaped like prediction", shape=(*shape, width), dtypes=FLOATING, device=device
+    dims = (2,) if cu_seqlens is not None else range(2, 99) if squared else (2, 3)
+    if prediction.dim() not in dims or prediction.shape[-1] < 1:
+        shapes = (
+            "[N, V] with cu_seqlens" if cu_seqlens is not None else "[B, ..., C]" if squared else "[B, V] or [B, T, V]"
         )
+        refuse("prediction", describe(prediction), f"{shapes}, the last dimension at least 1")
+    tokens, width, device = tuple(prediction.shape[:-1]), prediction.shape[-1], prediction.device
+    if squared:
+        check_values(target, prediction)
     else:
-        check_target(target.detach() if isinstance(target, Tensor) else target, shape, width, ignore_index, device)
+        check_target(target.detach() if isinstance(target, Tensor) else target, tokens, width, ignore_index, device)
     if cu_seqlens is not None:
-        check_cu_seqlens("cu_seqlens", cu_seqlens, len(prediction), device, "the tokens of prediction")
+        check_cu_seqlens("cu_seqlens", cu_seqlens, prediction.shape[0], device, "the tokens of prediction")
     if score == "head":
-        takes = f"[{', '.join(map(str, shape))}, D] {prediction.dtype}, the input of the last linear layer, for score='head'"
-        check_tensor("features", features, takes, shape=(*shape, None), dtypes=(prediction.dtype,), device=device)
+        takes = f"[..., D] {prediction.dtype}, a row for each of prediction's: the input of the last linear layer"
+        check_tensor("features", features, takes, shape=(*tokens, None), dtypes=(prediction.dtype,), device=device)
     if score == "hidden":
-        takes = f"[{width}, D] {prediction.dtype}, the weight of the last linear layer, for score='hidden'"
-        check_tensor("linear_weight", linear_weight, takes, shape=(width, None), dtypes=(prediction.dtype,), device=device)
+        takes = f"[V, D] {prediction.dtype}, V as in prediction: the weight of the last linear layer"
+        check_tensor(
+            "linear_weight", linear_weight, takes, shape=(width, None), dtypes=(prediction.dtype,), device=device
+        )
     result: Tensor = torch.ops.attent.example_scores(
         prediction.detach(), target.detach(), features.detach() if score == "head" and features is not None else None,
         linear_weight.detach() if score == "hidden" and linear_weight is not None else None,
@@ -93,9 +106,13 @@ def example_scores(
     return result
 
 
-def gradient_scores(
-    losses: Tensor, outputs: Tensor | Sequence[Tensor], example_index: Tensor | None = None
-) -> Tensor:
+def check_values(target: object, prediction: Tensor) -> None:
+    """Refuse anything but values shaped like the prediction."""
+    takes = "floating values shaped like prediction"
+    check_tensor("target", target, takes, shape=prediction.shape, dtypes=FLOATING, device=prediction.device)
+
+
+def gradient_scores(losses: Tensor, outputs: Tensor | Sequence[Tensor], example_index: Tensor | None = None) -> Tensor:
     """Score examples ``[B]`` by ‖∂losses[i]/∂outputs‖ for any loss, by autograd through the loss alone.
 
     The graph is kept: train on the same ``losses`` afterwards. Losses must not mix examples: ``losses[i]`` may depend
@@ -120,22 +137,25 @@ def gradient_scores(
     tensor([27.,  3.])
     """
     check_tensor("losses", losses, "[B], one loss per example, with a graph", shape=(None,), dtypes=FLOATING)
-    tensors = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-    if not tensors:
-        refuse("outputs", "no tensor", "a tensor or several")
     if not losses.requires_grad:
         refuse("losses", "a tensor without a graph", "losses computed from outputs, with gradients enabled")
-    batch, rows = len(losses), None if example_index is None else len(example_index)
+    batch = rows = losses.shape[0]
     if example_index is not None:
-        check_tensor("example_index", example_index, "[rows] int64", shape=(None,), dtypes=(torch.int64,), device=losses.device)
-        if values_readable(example_index) and len(example_index):
-            low, high = (int(x) for x in example_index.aminmax())
+        check_tensor(
+            "example_index", example_index, "[rows] int64", shape=(None,), dtypes=(torch.int64,), device=losses.device
+        )
+        rows = example_index.shape[0]
+        if rows and values_readable(example_index):
+            low, high = (int(example) for example in example_index.aminmax())
             if low < 0 or high >= batch:
                 refuse("example_index", f"values in [{low}, {high}]", f"examples in [0, {batch})")
+    takes = f"[{rows}, ...] that losses was computed from, or several"
+    tensors = tuple(outputs) if isinstance(outputs, (list, tuple)) else (outputs,)
+    if not tensors:
+        refuse("outputs", "no tensor", takes)
     for output in tensors:
-        takes = f"[{batch if rows is None else rows}, ...] that losses was computed from"
-        check_tensor("outputs", output, takes, device=losses.device)
-        if output.dim() < 1 or len(output) != (batch if rows is None else rows):
+        check_tensor("outputs", output, takes, dtypes=FLOATING, device=losses.device)
+        if output.dim() < 1 or output.shape[0] != rows:
             refuse("outputs", describe(output), takes)
         if not output.requires_grad:
             refuse("outputs", "a tensor without a graph", takes)
@@ -144,8 +164,8 @@ def gradient_scores(
     squares = torch.zeros(batch, dtype=dtype, device=losses.device)
     for gradient in gradients:
         if gradient is None:
-            refuse("outputs", "a tensor that losses does not depend on", "tensors that losses was computed from")
-        square = gradient.detach().to(dtype).reshape(len(gradient), -1).square().sum(1)
+            refuse("outputs", "a tensor that losses does not depend on", takes)
+        square = square_norms(gradient.to(dtype)[..., None].flatten(1))
         squares = squares + square if example_index is None else squares.index_add(0, example_index, square)
     return squares.sqrt()
 
@@ -159,13 +179,11 @@ torch.library.define(
 )
 
 
-@torch.library.register_fake("attent::example_scores")
-def _fake(prediction: Tensor, target: Tensor, features: Any, linear_weight: Any, cu_seqlens: Tensor | None, *_: Any) -> Tensor:
-    batch = len(prediction) if cu_seqlens is None else len(cu_seqlens) - 1
+def _fake(prediction: Tensor, target: Any, features: Any, weight: Any, cu_seqlens: Tensor | None, *_: Any) -> Tensor:
+    batch = prediction.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return prediction.new_empty((batch,), dtype=statistics_dtype(prediction.dtype))
 
 
-@torch.library.impl("attent::example_scores", "default")
 def _example_scores(
     prediction: Tensor,
     target: Tensor,
@@ -192,8 +210,7 @@ def _example_scores(
         )
         in_hand = tokens.hidden
         if features is not None:
-            rows = features.reshape(-1, features.shape[-1])
-            tokens = tokens._replace(hidden=rows if tokens.rows is None else rows.index_select(0, tokens.rows))
+            tokens = tokens._replace(hidden=features.flatten(0, -2))
         problem = Problem(
             linear_weight,
             None,
@@ -207,3 +224,7 @@ def _example_scores(
             False,
         )
         return run(tokens, problem, None).scores[0]
+
+
+torch.library.impl("attent::example_scores", "CompositeExplicitAutograd", _example_scores)
+torch.library.register_fake("attent::example_scores", _fake)

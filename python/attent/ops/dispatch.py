@@ -1,4 +1,4 @@
-"""Which backend runs an op: cuda | triton | torch. A backend asked for by name that cannot run is an error with its reason.
+"""Which backend runs an op: cuda | triton | torch. One asked for by name that cannot run is an error with its reason.
 
 Each backend of an op is a plain function, tensors in, tensors out, registered here by name. ``"auto"`` takes the first
 entry of :data:`MEASURED` that fits the device (a backend enters that table only with a committed measurement), else

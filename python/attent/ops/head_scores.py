@@ -1,7 +1,8 @@
 """Exact "head" scores of multi-token examples: ‖Σ_t g_t h_tᵀ‖_F, cross-token terms included.
 
-The Gram form ⟨GGᵀ, HHᵀ⟩ multiplies T²(V + D) times, the direct form ‖GᵀH‖ T·V·D times: the cheaper one is taken for each
-example, from its own T. Both read the gradient g of the logits written out without cancellation.
+The Gram form ⟨GGᵀ, HHᵀ⟩ multiplies T²(V + D) times, the direct form ‖GᵀH‖ T·V·D times: the cheaper one is taken for
+each example, from its own T. Both read the gradient g of the logits written out without cancellation. The Gram form
+sums terms of either sign: its square is off by some units of Σ_ts |g_t·g_s| |h_t·h_s|, however small it is itself.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def head_square(gradient: Tensor, features: Tensor) -> Tensor:
 
 
 def long_head_square(write_gradient: Callable[[int, int], Tensor], classes: int, slab: int, features: Tensor) -> Tensor:
-    """The same where g does not fit: ``write_gradient(first, last)`` gives its columns [T, last − first], slab by slab."""
+    """The same where g does not fit: ``write_gradient(first, last)`` gives its columns [T, last − first]."""
     length, width = features.shape
     square = features.new_zeros(())
     if not gram_is_cheaper(length, classes, width, features.element_size()):

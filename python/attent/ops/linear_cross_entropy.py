@@ -1,13 +1,11 @@
-"""``attent.linear_cross_entropy``: checks, the torch.library op, its fake kernel and its autograd.
+"""``attent.linear_cross_entropy``: what it computes, and the checks of its arguments.
 
-The op computes loss, scores and, for reductions whose upstream gradient is one number, the gradients in the same pass
-over the logits: three GEMMs in all instead of four. Their scale is applied in the backward. For the reductions "none"
-and "example" the upstream gradient differs from token to token, so the backward computes the logits again.
+:mod:`.linear_cross_entropy_op` is the op behind it, :mod:`.torch_linear_cross_entropy` what runs it in PyTorch.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,17 +16,16 @@ from .._checks import (
     INTEGER,
     check_choice,
     check_cu_seqlens,
+    check_int,
     check_number,
     check_tensor,
     describe,
+    has_shape,
     refuse,
     values_readable,
 )
-from .dispatch import choose, implementation, register
-from .logits_passes import Targets
-from .tokens import Tokens, list_tokens
-from .torch_linear_cross_entropy import Problem, Result, run, statistics_dtype
-from .vocabulary_shards import find_shard
+from . import torch_linear_cross_entropy as torch_linear_cross_entropy  # registers the torch backend
+from .dispatch import choose
 
 SCORES = ("loss", "logit", "hidden", "head")
 PER_EXAMPLE = ("mean", "sum", "rms")
@@ -66,9 +63,10 @@ def linear_cross_entropy(
         target: int64 or int32 class indices, shaped like ``input`` without its last dimension; or class
             probabilities ``[..., V]``.
         linear_bias: ``[V]``.
-        weight: class weights ``[V]``.
+        weight: class weights ``[V]``: they multiply token losses and their gradients, and so what scores are norms of.
         reduction: ``"mean"`` over valid tokens, as torch (with ``weight`` and indices: over their class weights; 0,
-            not NaN, if no token is valid); ``"sum"``; ``"none"``, one loss per token; ``"example"``, ``[B]`` means.
+            not NaN, if they sum to 0); ``"sum"``; ``"none"``, one loss per token; ``"example"``, ``[B]`` means over
+            each example's valid tokens.
         ignore_index: tokens with this target have no loss and are in no mean and no score.
         label_smoothing: ε in [0, 1]; the target becomes (1 − ε) q + ε/V.
         softcap: c > 0: logits become c·tanh(z/c).
@@ -81,7 +79,8 @@ def linear_cross_entropy(
         per_example: s for the scores, with n the example's valid tokens: ``"mean"`` 1/n, ``"sum"`` 1, ``"rms"`` 1/√n.
         cu_seqlens: int32 ``[B + 1]``, where each packed example starts, and the end.
         group: the process group over whose ranks the vocabulary is split, ``linear_weight`` (and bias) being this
-            rank's rows, in rank order; ``input`` and ``target`` are the same on each rank.
+            rank's rows, in rank order; ``input`` and ``target`` are the same on each rank. ``target`` then holds
+            indices, and ``weight`` is None.
         backend: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``; see :func:`attent.backends`.
 
     Returns:
@@ -103,15 +102,14 @@ def linear_cross_entropy(
     torch.Size([4])
     """
     names = check_scores(score)
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_options(reduction, ignore_index, label_smoothing, softcap, shift, per_example, group)
     input, linear_weight, linear_bias = cast_for_autocast(input, linear_weight, linear_bias)
-    check_arguments(
-        input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing, softcap, shift,
-        example_weight, per_example, cu_seqlens, group,
-    )  # fmt: skip
+    check_tensors(
+        input, linear_weight, target, linear_bias, weight, example_weight, cu_seqlens, ignore_index, shift, group
+    )
     backend = choose("linear_cross_entropy", backend, input.device)
     grad = torch.is_grad_enabled()
-    loss, scores, _, _, _, _ = torch.ops.attent.linear_cross_entropy(
+    loss, scores, *_ = torch.ops.attent.linear_cross_entropy(
         input, linear_weight, target, linear_bias, weight, example_weight, cu_seqlens, reduction, ignore_index,
         label_smoothing, softcap, shift, names, per_example, None if group is None else group.group_name, backend,
         grad and input.requires_grad, grad and linear_weight.requires_grad,
@@ -138,6 +136,28 @@ def check_scores(score: object) -> list[str]:
     return list(names)
 
 
+def check_options(
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    shift: bool,
+    per_example: str,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Refuse options that are wrong whatever the tensors are."""
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_int("ignore_index", ignore_index)
+    check_number("label_smoothing", label_smoothing, low=0, high=1)
+    if softcap is not None:
+        check_number("softcap", softcap, low=0, open_low=True)
+    if not isinstance(shift, bool):
+        refuse("shift", describe(shift), "True or False")
+    check_choice("per_example", per_example, PER_EXAMPLE)
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        refuse("group", describe(group), "a torch.distributed ProcessGroup or None")
+
+
 def cast_for_autocast(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -152,301 +172,109 @@ def cast_for_autocast(
     return cast(input), cast(linear_weight), cast(linear_bias)
 
 
-def check_arguments(
+def check_tensors(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
     linear_bias: Tensor | None,
     weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float | None,
-    shift: bool,
     example_weight: Tensor | None,
-    per_example: str,
     cu_seqlens: Tensor | None,
+    ignore_index: int,
+    shift: bool,
     group: dist.ProcessGroup | None,
 ) -> None:
-    """Refuse what does not fit together, by name."""
-    takes = "[B, T, D], or [N, D]" + (" (with cu_seqlens: [N, D])" if cu_seqlens is not None else "") + ", floating"
+    """Refuse tensors that do not fit together, by name."""
+    packed = cu_seqlens is not None
+    check_whole("input", input)
+    takes = "[N, D] floating, with cu_seqlens" if packed else "[B, T, D] or [N, D] floating"
     check_tensor("input", input, takes, dtypes=FLOATING)
-    if input.dim() not in ((2,) if cu_seqlens is not None else (2, 3)):
-        refuse("input", describe(input), takes)
+    if input.dim() not in ((2,) if packed else (2, 3)) or input.shape[-1] < 1:
+        refuse("input", describe(input), f"{takes}, D >= 1")
     device, width = input.device, input.shape[-1]
-    if hasattr(linear_weight, "placements"):  # a DTensor, without importing torch.distributed.tensor to say so
-        refuse("linear_weight", "a DTensor", "a whole tensor: use attent.ScoringHead, whose hooks gather the weight")
+    check_whole("linear_weight", linear_weight)
     check_tensor(
-        "linear_weight", linear_weight, f"[V, {width}] {input.dtype}", shape=(None, width), dtypes=(input.dtype,),
+        "linear_weight",
+        linear_weight,
+        lambda: f"[V, {width}] {input.dtype}",
+        shape=(None, width),
+        dtypes=(input.dtype,),
         device=device,
-    )  # fmt: skip
-    classes = len(linear_weight)
+    )
+    classes = linear_weight.shape[0]
     if classes < 1:
         refuse("linear_weight", describe(linear_weight), f"[V, {width}] with V >= 1")
     if linear_bias is not None:
-        check_tensor("linear_bias", linear_bias, f"[{classes}] {input.dtype}", shape=(classes,), dtypes=(input.dtype,), device=device)
+        check_whole("linear_bias", linear_bias)
+        check_tensor(
+            "linear_bias",
+            linear_bias,
+            lambda: f"[{classes}] {input.dtype}",
+            shape=(classes,),
+            dtypes=(input.dtype,),
+            device=device,
+        )
     check_target(target, tuple(input.shape[:-1]), classes, ignore_index, device, sharded=group is not None)
     if weight is not None:
         check_constant("weight", weight, classes, device)
         if group is not None:
             refuse("weight", describe(weight), "None with group=")
-    check_number("label_smoothing", label_smoothing, low=0, high=1)
-    if softcap is not None:
-        check_number("softcap", softcap, low=0, open_low=True)
-    check_choice("per_example", per_example, PER_EXAMPLE)
+    batch = input.shape[0]
     if cu_seqlens is not None:
-        check_cu_seqlens("cu_seqlens", cu_seqlens, len(input), device, "the tokens of input")
+        batch = check_cu_seqlens("cu_seqlens", cu_seqlens, batch, device, "the tokens of input").shape[0] - 1
     elif shift and input.dim() == 2:
-        refuse("shift", shift, "True only with input [B, T, D] or cu_seqlens: a row that is an example has no next token")
+        refuse("shift", shift, "True with input [B, T, D] or cu_seqlens: a row that is an example has no next token")
     if example_weight is not None:
-        check_constant("example_weight", example_weight, len(input) if cu_seqlens is None else len(cu_seqlens) - 1, device)
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        refuse("group", describe(group), "a torch.distributed ProcessGroup or None")
+        check_constant("example_weight", example_weight, batch, device)
+
+
+def check_whole(argument: str, value: object) -> None:
+    """Refuse a DTensor, known by its placements: that spares importing torch.distributed.tensor to ask."""
+    if hasattr(value, "placements"):
+        refuse(
+            argument, "a DTensor", "a whole tensor: use attent.ScoringHead, whose hooks gather the weight, or group="
+        )
 
 
 def check_constant(argument: str, value: object, length: int, device: torch.device) -> None:
     """Refuse anything but a floating tensor [length] that needs no gradient: it would get none."""
-    tensor = check_tensor(argument, value, f"[{length}] floating", shape=(length,), dtypes=FLOATING, device=device)
+
+    def takes() -> str:
+        return f"[{length}] floating, without gradient: none is computed for it"
+
+    tensor = check_tensor(argument, value, takes, shape=(length,), dtypes=FLOATING, device=device)
     if tensor.requires_grad and torch.is_grad_enabled():
-        refuse(argument, "a tensor that requires grad", f"[{length}] floating without gradient: none is computed for it")
+        refuse(argument, "a tensor that requires grad", takes())
 
 
 def check_target(
-    target: object, shape: tuple[int, ...], classes: int, ignore_index: int, device: torch.device, *, sharded: bool = False
+    target: object,
+    shape: tuple[int, ...],
+    classes: int,
+    ignore_index: int,
+    device: torch.device,
+    *,
+    sharded: bool = False,
 ) -> None:
     """Refuse targets that are neither class indices of this shape nor class probabilities."""
-    indices = ", ".join(map(str, shape))
-    takes = f"[{indices}] int64 or int32 indices in [0, {classes}) or {ignore_index}, or [{indices}, {classes}] probabilities"
-    tensor = check_tensor("target", target, takes, dtypes=INTEGER + FLOATING, device=device)
+
+    def takes() -> str:
+        tokens = ", ".join(map(str, shape))
+        indices = f"[{tokens}] int64 or int32 indices"
+        if sharded:  # how many classes there are is known to all ranks together
+            return f"{indices}: group= takes no probabilities"
+        return f"{indices} in [0, {classes}) or {ignore_index}, or [{tokens}, {classes}] probabilities"
+
+    check_whole("target", target)
+    tensor = check_tensor("target", target, takes, dtypes=INTEGER if sharded else INTEGER + FLOATING, device=device)
     soft = tensor.is_floating_point()
-    if tuple(tensor.shape) != (*shape, classes)[: len(shape) + soft] or (soft and sharded):
-        refuse("target", describe(tensor), takes if not sharded else f"[{indices}] indices: group= takes no probabilities")
+    if not has_shape(tensor, (*shape, classes) if soft else shape):
+        refuse("target", describe(tensor), takes())
     if soft and tensor.requires_grad and torch.is_grad_enabled():
         refuse("target", "probabilities that require grad", "targets without gradient: none is computed for them")
     if not soft and not sharded and values_readable(tensor) and tensor.numel():
-        low, high = (int(x) for x in tensor.aminmax())
+        low, high = (int(label) for label in tensor.aminmax())
         if low < 0 or high >= classes:
             wrong = tensor[((tensor < 0) | (tensor >= classes)) & (tensor != ignore_index)]
             if wrong.numel():
-                refuse("target", f"the label {int(wrong[0])}", takes)
-
-
-# ------------------------------------------------------------------------------------------------------------------ op
-
-
-class Call(NamedTuple):
-    """The op's arguments, in the order of its schema: what every backend is handed."""
-
-    input: Tensor
-    linear_weight: Tensor
-    target: Tensor
-    linear_bias: Tensor | None
-    weight: Tensor | None
-    example_weight: Tensor | None
-    cu_seqlens: Tensor | None
-    reduction: str
-    ignore_index: int
-    label_smoothing: float
-    softcap: float | None
-    shift: bool
-    score: list[str]
-    per_example: str
-    group: str | None
-    backend: str
-    input_gradient: bool
-    weight_gradient: bool
-    bias_gradient: bool
-
-    @property
-    def batch(self) -> int:
-        return len(self.input) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
-
-    @property
-    def gradients_in_forward(self) -> bool:
-        """Whether the upstream gradient is one number, so that the forward computes the gradients up to that factor."""
-        return self.reduction in ("mean", "sum")
-
-
-_ARGUMENTS = (
-    "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, Tensor? example_weight,"
-    " Tensor? cu_seqlens, str reduction, int ignore_index, float label_smoothing, float? softcap, bool shift,"
-    " str[] score, str per_example, str? group, str backend, bool input_gradient, bool weight_gradient,"
-    " bool bias_gradient"
-)
-_GRADIENTS = "Tensor d_input, Tensor d_weight, Tensor d_bias"
-torch.library.define(
-    "attent::linear_cross_entropy", f"({_ARGUMENTS}) -> (Tensor loss, Tensor scores, Tensor counts, {_GRADIENTS})"
-)
-torch.library.define("attent::linear_cross_entropy_backward", f"(Tensor d_loss, {_ARGUMENTS}) -> ({_GRADIENTS})")
-
-
-@torch.library.impl("attent::linear_cross_entropy", "default")
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    call = Call(*arguments)
-    result: tuple[Tensor, ...] = implementation("linear_cross_entropy", call.backend)(call)
-    return result
-
-
-@torch.library.impl("attent::linear_cross_entropy_backward", "default")
-def _backward(d_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    call = Call(*arguments)
-    result: tuple[Tensor, ...] = implementation("linear_cross_entropy_backward", call.backend)(d_loss, call)
-    return result
-
-
-@torch.library.register_fake("attent::linear_cross_entropy")
-def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    call = Call(*arguments)
-    dtype = statistics_dtype(call.input.dtype)
-    shape = {"none": call.input.shape[:-1], "example": (call.batch,)}.get(call.reduction, ())
-    loss = call.input.new_empty(shape, dtype=dtype)
-    scores = call.input.new_empty((len(call.score), call.batch), dtype=dtype)
-    counts = call.input.new_empty((call.batch,), dtype=dtype)
-    return loss, scores, counts, *_empty_gradients(call, call.gradients_in_forward)
-
-
-@torch.library.register_fake("attent::linear_cross_entropy_backward")
-def _fake_backward(d_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return _empty_gradients(Call(*arguments), True)
-
-
-def _empty_gradients(call: Call, computed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Tensors shaped as the gradients that are computed, [0] for the others."""
-
-    def like(wanted: bool, value: Tensor | None) -> Tensor:
-        if wanted and computed and value is not None:
-            return torch.empty_like(value, memory_format=torch.contiguous_format)
-        return call.input.new_empty(0)
-
-    return (
-        like(call.input_gradient, call.input),
-        like(call.weight_gradient, call.linear_weight),
-        like(call.bias_gradient, call.linear_bias),
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    call = Call(*inputs)
-    ctx.gradients_in_forward = call.gradients_in_forward
-    ctx.set_materialize_grads(False)
-    if call.gradients_in_forward:
-        ctx.wanted = (call.input_gradient, call.weight_gradient, call.bias_gradient)
-        ctx.save_for_backward(*output[3:])
-    else:
-        ctx.save_for_backward(*call[:7])
-        ctx.options = call[7:]
-
-
-def _differentiate(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    nothing: list[Tensor | None] = [None] * len(Call._fields)
-    if d_loss is None:
-        return tuple(nothing)
-    if torch.is_grad_enabled() and type(d_loss) is Tensor:
-        raise RuntimeError("linear_cross_entropy is differentiable once: call backward without create_graph=True")
-    if ctx.gradients_in_forward:
-        d_input, d_weight, d_bias = (gradient * d_loss for gradient in ctx.saved_tensors)
-        wanted = ctx.wanted
-    else:
-        call = Call(*ctx.saved_tensors, *ctx.options)
-        d_input, d_weight, d_bias = torch.ops.attent.linear_cross_entropy_backward(d_loss, *call)
-        wanted = (call.input_gradient, call.weight_gradient, call.bias_gradient)
-    if wanted[0]:
-        nothing[0] = d_input
-    if wanted[1]:
-        nothing[1] = d_weight
-    if wanted[2]:
-        nothing[3] = d_bias
-    return tuple(nothing)
-
-
-torch.library.register_autograd("attent::linear_cross_entropy", _differentiate, setup_context=_setup_context)
-
-
-# ------------------------------------------------------------------------------------------------------- backend "torch"
-
-
-@register("linear_cross_entropy", "torch")
-def _torch_forward(call: Call) -> tuple[Tensor, ...]:
-    with torch.no_grad(), torch.autocast(call.input.device.type, enabled=False):
-        tokens = _tokens(call)
-        problem = _problem(call, gradients=call.gradients_in_forward)
-        factor = None  # [N] what the example's weight multiplies its token losses by
-        if call.example_weight is not None:
-            factor = tokens.to_tokens(call.example_weight.to(tokens.counts.dtype))
-        upstream = None
-        if call.gradients_in_forward and (call.input_gradient or call.weight_gradient or call.bias_gradient):
-            upstream = torch.ones_like(tokens.hidden[:, 0], dtype=tokens.counts.dtype) if factor is None else factor
-            if call.reduction == "mean":
-                upstream = upstream / nonzero(tokens.denominator)
-        result = run(tokens, problem, upstream)
-        losses = result.losses if factor is None else result.losses * factor
-        if call.reduction == "none":
-            loss = tokens.to_all(losses).view(call.input.shape[:-1])
-        elif call.reduction == "example":
-            loss = tokens.by_example(losses) / tokens.counts.clamp(min=1)
-        else:
-            loss = losses.sum()
-            if call.reduction == "mean":
-                loss = loss / nonzero(tokens.denominator)
-        return loss, result.scores, tokens.counts, *_gradients(call, tokens, result)
-
-
-@register("linear_cross_entropy_backward", "torch")
-def _torch_backward(d_loss: Tensor, call: Call) -> tuple[Tensor, ...]:
-    with torch.no_grad(), torch.autocast(call.input.device.type, enabled=False):
-        tokens = _tokens(call)
-        if call.reduction == "none":
-            upstream = tokens.of_all(d_loss.reshape(-1))
-        else:
-            upstream = tokens.to_tokens(d_loss / tokens.counts.clamp(min=1))
-        if call.example_weight is not None:
-            upstream = upstream * tokens.to_tokens(call.example_weight.to(upstream.dtype))
-        return _gradients(call, tokens, run(tokens, _problem(call._replace(score=[]), gradients=True), upstream))
-
-
-def nonzero(denominator: Tensor) -> Tensor:
-    """The denominator of a mean; 1 where nothing is counted, so that the mean is 0 instead of torch's NaN."""
-    return torch.where(denominator == 0, 1, denominator)
-
-
-def _tokens(call: Call) -> Tokens:
-    return list_tokens(
-        call.input,
-        call.target,
-        class_weight=call.weight,
-        example_weight=call.example_weight,
-        cu_seqlens=call.cu_seqlens,
-        classes=len(call.linear_weight),
-        ignore_index=call.ignore_index,
-        smoothed=call.label_smoothing > 0,
-        shift=call.shift,
-        dtype=statistics_dtype(call.input.dtype),
-    )
-
-
-def _problem(call: Call, *, gradients: bool) -> Problem:
-    spread = call.label_smoothing > 0 or call.target.is_floating_point()
-    shard = find_shard(call.linear_weight, call.group)
-    return Problem(
-        call.linear_weight,
-        call.linear_bias,
-        None,
-        Targets(call.weight if spread else None, call.label_smoothing, shard),
-        call.softcap,
-        tuple(call.score),
-        call.per_example,
-        gradients and call.input_gradient,
-        gradients and call.weight_gradient,
-        gradients and call.bias_gradient,
-    )
-
-
-def _gradients(call: Call, tokens: Tokens, result: Result) -> tuple[Tensor, Tensor, Tensor]:
-    """The op's gradient outputs: among all tokens, in the input's shape; [0] where none is wanted."""
-
-    def output(gradient: Tensor | None) -> Tensor:
-        return call.input.new_empty(0) if gradient is None else gradient
-
-    d_input = result.input_gradient
-    if d_input is not None:
-        d_input = tokens.to_all(d_input).view(call.input.shape)
-    return output(d_input), output(result.weight_gradient), output(result.bias_gradient)
+                refuse("target", f"the label {int(wrong[0])}", takes())

@@ -36,6 +36,7 @@ class Statistics(NamedTuple):
     logsumexp: Tensor  # [C]
     own: Tensor | None  # [C] the gradient's entry in the target's own column, index targets
     square: Tensor | None  # [C] the squared norm of the gradient in the raw logits; None: write the gradient to know it
+    mass: Tensor | None = None  # [C] M; None: 1
     factor: Tensor | None = None  # [C] M/l, which turns exp(z − m) into M p; None: 1
     slope: Tensor | None = None  # [C, V] of the softcap
 
@@ -115,14 +116,18 @@ def exponentials_(z: Tensor, target: Tensor, targets: Targets) -> Statistics:
         residual = torch.linalg.vector_norm(z - target, dim=1)
         nothing = residual.new_zeros(()).expand_as(residual)
         return Statistics(0.5 * residual.square(), nothing, None, residual.square())
+
+    # From here on logits are counted from their maximum, so that no loss is a difference of large numbers.
+    maximum = shard.max_(z.amax(1))
+    z.sub_(maximum[:, None])
     if target.is_floating_point():
         masses = class_masses(target, targets, z.dtype)
-        expected = torch.linalg.vecdot(masses, z)
+        expected = torch.linalg.vecdot(masses, z.masked_fill(masses == 0, 0))  # 0 times a logit of −inf is 0
         mass = masses.sum(1)
-        maximum = z.amax(1)
-        normaliser = z.sub_(maximum[:, None]).exp_().sum(1)
-        logsumexp = maximum + normaliser.log()
-        return Statistics(mass * logsumexp - expected, logsumexp, None, None, mass / normaliser)
+        normaliser = z.exp_().sum(1)
+        log_normaliser = normaliser.log()
+        losses = mass * log_normaliser - expected
+        return Statistics(losses, maximum + log_normaliser, None, None, mass, mass / normaliser)
 
     column, absent = own_column(target, shard.first, z.shape[1], shard.group is None)
     own = z.gather(1, column).squeeze(1)
@@ -130,30 +135,34 @@ def exponentials_(z: Tensor, target: Tensor, targets: Targets) -> Statistics:
         own = shard.max_(own.masked_fill(absent, -torch.inf))
     expected = expected_logit(z, own, target, targets) if smoothing > 0 else own
     put_(z, column, absent, torch.full_like(own, -torch.inf))
-    maximum = shard.max_(torch.maximum(z.amax(1), own))
-    z.sub_(maximum[:, None]).exp_()
-    others = shard.sum_(z.sum(1))
-    normaliser = others + (own - maximum).exp_()
+    others = shard.sum_(z.exp_().sum(1))
+    normaliser = others + own.exp()
     # log l keeps its small part where l is 1 + a with a tiny: the target then holds the maximum.
-    log_normaliser = torch.where(own == maximum, others.log1p(), normaliser.log())
+    log_normaliser = torch.where(own == 0, others.log1p(), normaliser.log())
+    logsumexp = maximum + log_normaliser
     if smoothing == 0:
         square = shard.sum_(square_norms(z)).add_(others.square()).div_(normaliser.square())
-        losses = (maximum - own) + log_normaliser
-        others = others / normaliser
-        return Statistics(losses, maximum + log_normaliser, -others, square, normaliser.reciprocal())
-    logsumexp = maximum + log_normaliser
+        losses = log_normaliser - own
+        return Statistics(losses, logsumexp, -others / normaliser, square, None, normaliser.reciprocal())
     mass, on_others = index_masses(target, targets, z.dtype)
     own_entry = on_others - mass * (others / normaliser)
-    return Statistics(mass * logsumexp - expected, logsumexp, own_entry, None, mass / normaliser)
+    losses = mass * log_normaliser - expected
+    return Statistics(losses, logsumexp, own_entry, None, mass, mass / normaliser)
 
 
-def gradient_(z: Tensor, target: Tensor, factor: Tensor | None, own: Tensor | None, targets: Targets, first: int) -> None:
-    """Turn exponentials into the gradient M p − m of the capped logits in place, M p = factor · z; or z into z − target."""
+def gradient_(
+    z: Tensor, target: Tensor, factor: Tensor | None, own: Tensor | None, targets: Targets, first: int
+) -> None:
+    """Turn exponentials z into the gradient M p − m of the capped logits in place, M p = factor · z.
+
+    The columns are classes ``first`` and on; of probabilities, ``target`` holds the same columns. Of a squared loss,
+    z are values, and become z − target.
+    """
     classes = z.shape[1]
     if factor is not None:
         z.mul_(factor[:, None])
     if target.is_floating_point():
-        z.sub_(class_masses(target[:, first : first + classes], targets, z.dtype, first))
+        z.sub_(class_masses(target, targets, z.dtype, first))
         return
     assert own is not None
     if targets.label_smoothing > 0:
@@ -201,24 +210,17 @@ def index_masses(target: Tensor, targets: Targets, dtype: torch.dtype) -> tuple[
     return (1 - smoothing) * own + smoothing / classes * total, smoothing / classes * (total - own)
 
 
-def token_masses(target: Tensor, targets: Targets, dtype: torch.dtype) -> Tensor | None:
-    """M = Σ_v m_v of each token [C]; None: 1."""
-    if targets.squared:
-        return None
-    if target.is_floating_point():
-        return class_masses(target, targets, dtype).sum(1)
-    return index_masses(target, targets, dtype)[0] if targets.label_smoothing > 0 else None
-
-
 def expected_logit(z: Tensor, own: Tensor, target: Tensor, targets: Targets) -> Tensor:
     """Σ_v m_v z_v of smoothed index targets [C]."""
     smoothing, classes = targets.label_smoothing, targets.shard.classes
     if targets.class_weight is None:
         return (1 - smoothing) * own + smoothing / classes * targets.shard.sum_(z.sum(1))
     weights = targets.class_weight.to(z.dtype)
-    return (1 - smoothing) * weights[target] * own + smoothing / classes * (z @ weights)
+    of_all = z.masked_fill(weights == 0, 0) @ weights  # 0 times a logit of −inf is 0
+    return (1 - smoothing) * weights[target] * own + smoothing / classes * of_all
 
 
 def square_norms(rows: Tensor) -> Tensor:
     """Σ_v x_v² of each row [C], read once, without a squared copy."""
-    return torch.linalg.vector_norm(rows, dim=1).square_()
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms.square_()

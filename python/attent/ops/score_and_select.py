@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._checks import refuse
+from .._checks import describe, refuse
 from ..selection import Selection
-from .linear_cross_entropy import cast_for_autocast, check_arguments, check_scores
 from .dispatch import choose
+from .linear_cross_entropy import cast_for_autocast, check_options, check_scores, check_tensors
 from .select_top_k import select_top_k
 
 
@@ -59,14 +59,14 @@ def score_and_select(
     torch.Size([3])
     """
     if not isinstance(score, str):
-        refuse("score", score, "one name: a choice is made by one score")
+        refuse("score", describe(score), "one name: a choice is made by one score")
     names = check_scores(score)
+    check_options("sum", ignore_index, label_smoothing, softcap, shift, per_example, group)
     with torch.no_grad():
         input, linear_weight, linear_bias = cast_for_autocast(input, linear_weight, linear_bias)
-        check_arguments(
-            input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing, softcap, shift,
-            example_weight, per_example, cu_seqlens, group,
-        )  # fmt: skip
+        check_tensors(
+            input, linear_weight, target, linear_bias, weight, example_weight, cu_seqlens, ignore_index, shift, group
+        )
         runs_on = choose("linear_cross_entropy", backend, input.device)
         _, scores, counts, *_ = torch.ops.attent.linear_cross_entropy(
             input, linear_weight, target, linear_bias, weight, example_weight, cu_seqlens, "sum", ignore_index,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,7 +43,8 @@ def find_shard(linear_weight: Tensor, group_name: str | None) -> Shard:
     own = len(linear_weight)
     if group_name is None:
         return whole(own)
-    group = torch.distributed.distributed_c10d._resolve_process_group(group_name)
+    resolve: Any = torch._C._distributed_c10d._resolve_process_group
+    group: dist.ProcessGroup = resolve(group_name)
     sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=linear_weight.device)
     rank = dist.get_rank(group)
     sizes[rank] = own
