@@ -7,6 +7,7 @@ a matrix product has just written, while the chunk is in cache. Results carry no
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -15,12 +16,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+#: What setup.py leaves in the package when the native module could not be built.
+_BUILD_FAILURE = Path(__file__).with_name("_native_failure.txt")
+
 
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module("attent_kernels._native"), None
     except ImportError as error:
-        return None, f"the native module attent_kernels._native cannot be loaded: {error}"
+        reason = f"the native module attent_kernels._native cannot be loaded: {error}"
+        if _BUILD_FAILURE.exists():
+            reason += f"; its build ended with: {_BUILD_FAILURE.read_text(encoding='utf-8').strip()}"
+        return None, reason
 
 
 _native, _reason = _load()

@@ -206,12 +206,11 @@ def op_arguments(reduction: str, dtype: torch.dtype, requires_grad: bool) -> tup
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(("reduction", "requires_grad"), [*((of, True) for of in REDUCTIONS), ("mean", False)])
 def test_the_op_keeps_the_rules_of_torch_library(reduction: str, requires_grad: bool) -> None:
-    for dtype in (torch.float32, torch.float16):
-        arguments = op_arguments(reduction, dtype, requires_grad)
-        torch.library.opcheck(torch.ops.attent.linear_cross_entropy, arguments)
+    dtype = torch.float16 if reduction == "sum" else torch.float32
+    arguments = op_arguments(reduction, dtype, requires_grad)
+    torch.library.opcheck(torch.ops.attent.linear_cross_entropy, arguments)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

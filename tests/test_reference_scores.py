@@ -50,7 +50,7 @@ def own_gradient_norms(problem: Problem, i: int, per_example: str) -> dict[str, 
     }
 
 
-@settings(max_examples=80)
+@settings(max_examples=150)
 @given(problem=problems())
 def test_each_score_is_the_norm_of_the_gradient_of_the_examples_own_loss(problem: Problem) -> None:
     for per_example in PER_EXAMPLE:
@@ -64,7 +64,7 @@ def test_each_score_is_the_norm_of_the_gradient_of_the_examples_own_loss(problem
             assert torch.equal(alone, scores[name])
 
 
-@settings(max_examples=100)
+@settings(max_examples=200)
 @given(problem=problems(), reduction=st.sampled_from(REDUCTIONS))
 def test_the_loss_and_its_gradients_are_pytorchs(problem: Problem, reduction: str) -> None:
     options = {**problem.options, "example_weight": None}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -12,13 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import attent
 from attent import Readout, reference, scored_attention
-from attent.ops import torch_attention
+from attent.ops import attention_batch, torch_attention, torch_scored_attention
 from attent.ops.scored_attention import PER_EXAMPLE, POOLS
-from attent.ops.torch_scored_attention import _cross_entropy
 
 # Sums of fewer than 1,000 terms of size about 1, each rounded at 1.1e-16, through two matrix products and a softmax.
 FLOAT64 = {"rtol": 1e-10, "atol": 1e-12}
@@ -221,19 +219,31 @@ def gradients(out: Any, tensors: dict[str, Tensor], cotangents: list[Tensor]) ->
     return [torch.zeros_like(t) if g is None else g for g, t in zip(found, tensors.values(), strict=True)]
 
 
-@settings(max_examples=300)
-@given(problem=problems(), tiny_tiles=st.booleans())
+@contextmanager
+def as_elsewhere() -> Iterator[None]:
+    """Compute as on a device whose values are not read back: matrix products, all keys under a mask."""
+    with ExitStack() as stack:
+        for module in (torch_attention, attention_batch, torch_scored_attention):
+            stack.enter_context(mock.patch.object(module, "on_cpu", return_value=False))
+        yield
+
+
+@contextmanager
+def in_tiny_tiles() -> Iterator[None]:
+    """Cut the work as for large inputs: a few rows of a few keys at a time."""
+    with mock.patch.object(torch_attention, "TILE_BYTES", 40), mock.patch.object(torch_attention, "CPU_TILE_ROWS", 2):
+        yield
+
+
+@settings(max_examples=250)
+@given(problem=problems(), way=st.sampled_from([nullcontext, in_tiny_tiles, as_elsewhere]))
 def test_torch_backend_is_the_specification_in_float64(
-    problem: tuple[dict[str, Tensor], dict[str, Any]], tiny_tiles: bool
+    problem: tuple[dict[str, Tensor], dict[str, Any]], way: Callable[[], AbstractContextManager[None]]
 ) -> None:
     tensors = {name: t.requires_grad_() for name, t in problem[0].items()}
     options = problem[1]
     expected = call(reference.scored_attention, tensors, options)
-    limit = 40 if tiny_tiles else torch_attention.TILE_BYTES  # a few rows of a few keys
-    with (
-        mock.patch.object(torch_attention, "TILE_BYTES", limit),
-        mock.patch.object(torch_attention, "CPU_TILE_ROWS", 2 if tiny_tiles else torch_attention.CPU_TILE_ROWS),
-    ):
+    with way():
         out = call(scored_attention, tensors, options)
         cotangents = [randn(*x.shape) for x in (out.output, out.losses, out.logits, out.pooled) if x is not None]
         found = gradients(out, tensors, cotangents)
@@ -272,3 +282,50 @@ def test_leaving_the_output_out_changes_nothing_else(problem: tuple[dict[str, Te
         gradients(losses_only, trained, cotangent), gradients(expected, trained, cotangent), strict=True
     ):
         torch.testing.assert_close(gradient, wanted, **FLOAT64)
+
+
+LARGE: dict[str, dict[str, Any]] = {
+    "causal": {"is_causal": True},
+    "causal, lengths": {
+        "is_causal": True,
+        "query_lengths": torch.tensor([600, 37]),
+        "key_lengths": torch.tensor([580, 650]),
+    },
+    "window": {"window": (40, 3)},
+    "softcap": {"softcap": 2.0, "is_causal": True},
+    "packed": {"cu_seqlens_q": cu_seqlens(500, 0, 300, 400), "cu_seqlens_k": cu_seqlens(300, 400, 0, 600), "is_causal": True},
+}
+
+
+@pytest.mark.parametrize("options", LARGE.values(), ids=LARGE.keys())
+def test_many_blocks_of_keys_are_computed_as_one(options: dict[str, Any]) -> None:
+    packed = "cu_seqlens_q" in options
+    query = randn(1200, 1, 4) if packed else randn(2, 1, 600, 4)
+    key, value = (randn(1300, 1, 4), randn(1300, 1, 6)) if packed else (randn(2, 1, 650, 4), randn(2, 1, 650, 6))
+    tensors = {name: t.requires_grad_() for name, t in zip(("query", "key", "value"), (query, key, value), strict=True)}
+    options = {**options, "target": randn(*output_shape(query, value))}
+    out, expected = call(scored_attention, tensors, options), call(reference.scored_attention, tensors, options)
+    torch.testing.assert_close(out, expected, **FLOAT64)
+    cotangents = [randn(*out.output.shape), randn(*out.losses.shape)]
+    for found, wanted in zip(
+        gradients(out, tensors, cotangents), gradients(expected, tensors, cotangents), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, **FLOAT64)
+
+
+@pytest.mark.parametrize("options", [*LAYOUTS.values(), {"window": (-1, 1), "softcap": 1.5}], ids=[*LAYOUTS.keys(), "both"])
+@pytest.mark.parametrize("loss", ["target", *POOLS])
+def test_gradients_are_those_of_finite_differences(options: dict[str, Any], loss: str) -> None:
+    query, key, value = (x[:2] if x.dim() == 4 else x for x in inputs_for(options, value_width=2))
+    options = {name: x[:2] if name.endswith("lengths") else x for name, x in options.items()}
+    batch = 3 if "cu_seqlens_q" in options else 2
+    target, labels = randn(*output_shape(query, value)), torch.tensor([1, 2, 0])[:batch]
+    weight, bias = randn(3, 4), randn(3)
+
+    def differentiable(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        aim = {"target": target} if loss == "target" else {"readout": Readout(weight, labels, bias, loss)}
+        out = scored_attention(query, key, value, **aim, **options)
+        return tuple(x for x in (out.output, out.losses, out.logits, out.pooled) if x is not None)
+
+    inputs = tuple(x.requires_grad_() for x in (query, key, value, weight, bias))
+    assert torch.autograd.gradcheck(differentiable, inputs, fast_mode=True)

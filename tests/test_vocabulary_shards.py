@@ -129,7 +129,7 @@ def without_what_shards_do_not_take(problem: Problem) -> Problem:
     return problem._replace(target=target, options=options)
 
 
-@settings(max_examples=40)
+@settings(max_examples=100)
 @given(data=st.data(), reduction=st.sampled_from(REDUCTIONS), max_bytes=st.sampled_from([1, 300, 64 << 20]))
 def test_shards_give_what_the_whole_vocabulary_gives(
     group: dist.ProcessGroup, data: st.DataObject, reduction: str, max_bytes: int

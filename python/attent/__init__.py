@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import presets, schedules
 from .indexed import indexed
 from .modules import AttentiveClassifier, ScoringHead
+from .one_pass import OnePass
 from .ops.dispatch import backends
 from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.score_and_select import score_and_select
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentiveClassifier",
+    "OnePass",
     "Readout",
     "ScoredAttention",
     "ScoringHead",

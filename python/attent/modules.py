@@ -193,8 +193,11 @@ class AttentiveClassifier(nn.Module):
         Raises:
             ValueError: an argument has the wrong shape, dtype, device or range.
         """
-        check_tensor("tokens", tokens, f"a floating-point tensor [B, T, embed_dim={self.embed_dim}]",
-                     shape=(None, None, self.embed_dim), dtypes=FLOATING)  # fmt: skip
+        dtypes = FLOATING if torch.is_autocast_enabled(self.query.device.type) else (self.query.dtype,)
+        takes = f"[B, T, embed_dim={self.embed_dim}] in the parameters' dtype, {self.query.dtype}"
+        check_tensor(
+            "tokens", tokens, takes, shape=(None, None, self.embed_dim), dtypes=dtypes, device=self.query.device
+        )
         batch, length, _ = tokens.shape
         key = self.key_proj(tokens).view(batch, length, self.num_heads, -1).transpose(1, 2)  # [B, H, T, D / H]
         value = self.value_proj(tokens).view(batch, length, self.num_heads, -1).transpose(1, 2)

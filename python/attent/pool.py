@@ -34,7 +34,7 @@ def choose_across_ranks(
     step: int,
     process_group: ProcessGroup,
 ) -> Selection:
-    """This rank's part of the k that are chosen from all pools of ``process_group``, with noise that its ranks share."""
+    """This rank's part of the k that are chosen from all pools of ``process_group``, with noise that they share."""
     rank, _ = rank_and_world(process_group)
     pools = gather_rows(scores, process_group)  # of any sizes
     begin, pool = sum(len(part) for part in pools[:rank]), torch.cat(pools).to(scores.device)

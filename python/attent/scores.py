@@ -65,7 +65,7 @@ def example_scores(
 
     >>> logits = torch.tensor([[2.0, -1.0, 0.0], [5.0, -4.0, -4.0]])
     >>> attent.example_scores(logits, torch.tensor([0, 0]))
-    tensor([0.1955, 0.0003])
+    tensor([0.1980, 0.0003])
     """
     check_choice("loss", loss, LOSSES)
     check_choice("score", score, SCORES[loss])

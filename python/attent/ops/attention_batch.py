@@ -16,11 +16,12 @@ from .torch_attention import Attention, empty_rows_first, on_cpu, working_dtype
 class Batch(NamedTuple):
     """A problem laid out for :mod:`.torch_attention`, and what it takes to come back from there."""
 
+    dtype: torch.dtype  # what the problem came in, and results go out in; it is computed in the working dtype
     query: Tensor  # [B, Hq, R, D], packed [1, Hq, R, D]; R rows: all of them, or of each example the pooled one
     key: Tensor  # [B, Hkv, Tk, D], packed [1, Hkv, total_k, D]
     value: Tensor  # [B, Hkv, Tk, Dv], packed [1, Hkv, total_k, Dv]
     attention: Attention
-    counts: Tensor  # [B] queries of each example, in the working dtype
+    counts: Tensor  # [B] queries of each example, as numbers of the working dtype
     valid: Tensor | None  # [B] which examples have a query; None: all of them
     row: Tensor | None  # int64 [B] the row that is pooled, counted within its example; None: the mean of all
     is_only_row: bool  # nothing but the pooled rows is computed
@@ -28,11 +29,13 @@ class Batch(NamedTuple):
     example: Tensor | None  # packed: int64 [R], whose query a row is
 
     def from_rows(self, rows: Tensor) -> Tensor:
-        """[B, H, R, D] as callers know it: packed, [R, H, D]."""
+        """[B, H, R, D] as callers know it: in their dtype, and packed [R, H, D]."""
+        rows = rows.to(self.dtype)
         return rows if self.offsets is None else rows[0].transpose(0, 1)
 
     def to_rows(self, tensor: Tensor) -> Tensor:
         """The way back."""
+        tensor = tensor.to(self.counts.dtype)
         return tensor if self.offsets is None else tensor.transpose(0, 1)[None]
 
     def inside(self) -> Tensor | None:
@@ -60,63 +63,65 @@ class Batch(NamedTuple):
         return rows if inside is None else rows.where(inside[:, None, :, None], 0)
 
     def pool(self, output: Tensor) -> Tensor:
-        """Output [B, H, R, Dv] pooled to [B, H * Dv], in the output's dtype; 0 for an example without a query."""
-        rows = self.from_rows(output)  # padded [B, H, R, Dv], packed [R, H, Dv]
-        if self.row is None:
-            if self.valid is None:  # padded, and every row counts
-                return rows.mean(2, dtype=self.counts.dtype).flatten(1).to(output.dtype)
-            if self.offsets is None:
-                total = rows.sum(2, dtype=self.counts.dtype).flatten(1)
-            else:
-                total = segment_sum(rows.flatten(1).to(self.counts.dtype), self.offsets)
-            return (total / self.counts.clamp(min=1)[:, None]).to(output.dtype)
-        if output.shape[2] == 0:
-            return output.new_zeros(len(self.counts), output.shape[1] * output.shape[3])
-        if self.is_only_row:
-            return (rows if self.offsets is not None else rows[:, :, 0]).flatten(1).clone()
-        if self.offsets is None:
-            return rows[torch.arange(len(rows), device=rows.device), :, self.row].flatten(1)
-        pooled = rows[self._row_among_all()].flatten(1)
-        return pooled if self.valid is None else pooled.where(self.valid[:, None], 0)
+        """Output [B, H, R, Dv] pooled to [B, H * Dv], in the callers' dtype; 0 for an example without a query."""
+        if self.row is not None:
+            pooled = self._pooled_rows(output)
+        elif self.offsets is not None:
+            total = segment_sum(output[0].transpose(0, 1).flatten(1), self.offsets)
+            pooled = total / self.counts.clamp(min=1)[:, None]
+        elif self.valid is not None:
+            pooled = output.sum(2).flatten(1) / self.counts.clamp(min=1)[:, None]
+        else:
+            pooled = output.mean(2).flatten(1)
+        return pooled.to(self.dtype)
 
     def unpool(self, grad_pooled: Tensor, width: int) -> Tensor:
         """The gradient of :meth:`pool`: [B, H * Dv] handed back to the rows [B, H, R, Dv]."""
         _, heads, rows, _ = self.query.shape
-        grad = grad_pooled.unflatten(1, (heads, width))  # [B, H, Dv]
-        if self.row is None:
-            n = rows if self.valid is None else self.counts.clamp(min=1)[:, None, None]
-            grad = (grad / n).to(self.query.dtype)
-            if self.example is not None:
-                return self.to_rows(grad[self.example])
-            return grad[:, :, None].expand(-1, -1, rows, -1)
-        grad = grad.to(self.query.dtype)
-        if self.is_only_row:
-            return grad[:, :, None] if self.offsets is None else self.to_rows(grad)
-        return self._to_row(grad)
+        grad = grad_pooled.to(self.counts.dtype).unflatten(1, (heads, width))  # [B, H, Dv]
+        if self.row is not None:
+            return self._to_pooled_rows(grad, self.query.shape[2], self.is_only_row)
+        grad = grad / (rows if self.valid is None else self.counts.clamp(min=1)[:, None, None])
+        return grad[:, :, None].expand(-1, -1, rows, -1) if self.example is None else self.to_rows(grad[self.example])
 
-    def from_only_row(self, grad_query: Tensor, like: Tensor) -> Tensor:
-        """The gradient in the pooled rows' queries put where those rows stand among all queries, 0 elsewhere."""
-        whole = self._replace(query=self.to_rows(like))
-        grad = grad_query[:, :, 0] if self.offsets is None else self.from_rows(grad_query)
-        return whole._to_row(grad)
+    def from_only_row(self, grad_query: Tensor, rows: int) -> Tensor:
+        """The gradient in the pooled rows' queries [B, H, 1, D] put where those stand among all ``rows`` queries."""
+        grad = grad_query[:, :, 0] if self.offsets is None else grad_query[0].transpose(0, 1)
+        return self._to_pooled_rows(grad, rows, False)
 
-    def _to_row(self, grad: Tensor) -> Tensor:
-        """[B, H, D] put to each example's pooled row among rows of zeros, [B, H, R, D]."""
-        batch, heads, rows, _ = self.query.shape
-        spread = empty_rows_first(grad, batch, heads, rows, grad.shape[2], grad.dtype).zero_()
+    def _pooled_rows(self, output: Tensor) -> Tensor:
+        """The pooled row of each example [B, H * Dv], a copy."""
+        batch, heads, rows, width = output.shape
+        if rows == 0:
+            return output.new_zeros(len(self.counts), heads * width)
+        if self.offsets is None:
+            of_each = output[:, :, 0] if self.is_only_row else output[torch.arange(batch, device=output.device), :, self.row]
+            return of_each.flatten(1).clone()
+        of_each = output[0].transpose(0, 1)
+        pooled = (of_each if self.is_only_row else of_each[self._row_among(rows)]).flatten(1)
+        assert self.valid is not None
+        return pooled.where(self.valid[:, None], 0)  # without a query of its own, the row is a neighbour's
+
+    def _to_pooled_rows(self, grad: Tensor, rows: int, is_only_row: bool) -> Tensor:
+        """[B, H, D] put to each example's pooled row among ``rows`` rows of zeros: [B, H, R, D]."""
+        batch, heads, width = grad.shape
+        if self.valid is not None:
+            grad = grad.where(self.valid[:, None, None], 0)
+        if is_only_row:
+            return grad[:, :, None] if self.offsets is None else grad.transpose(0, 1)[None]
+        spread = empty_rows_first(grad, batch if self.offsets is None else 1, heads, rows, width).zero_()
         if rows == 0:
             return spread
-        assert self.row is not None
         if self.offsets is None:
             spread[torch.arange(batch, device=grad.device), :, self.row] = grad
-        else:  # an example without a query shares another one's row: it must add 0 there
-            grad = grad if self.valid is None else grad.where(self.valid[:, None, None], 0)
-            self.from_rows(spread).index_add_(0, self._row_among_all(), grad)
+        else:  # added, since an example without a query has a neighbour's row
+            spread[0].transpose(0, 1).index_add_(0, self._row_among(rows), grad)
         return spread
 
-    def _row_among_all(self) -> Tensor:
+    def _row_among(self, rows: int) -> Tensor:
+        """Where the pooled rows of packed examples stand among all."""
         assert self.offsets is not None and self.row is not None
-        return (self.offsets[:-1] + self.row).clamp(max=self.query.shape[2] - 1)
+        return (self.offsets[:-1] + self.row).clamp(max=rows - 1)
 
 
 def as_batch(problem: Problem) -> Batch:
@@ -125,7 +130,8 @@ def as_batch(problem: Problem) -> Batch:
 
 
 def _padded(problem: Problem) -> Batch:
-    query, key, value = problem.query, problem.key, problem.value
+    dtype = working_dtype(problem.query)
+    query, key, value = problem.query.to(dtype), problem.key.to(dtype), problem.value.to(dtype)
     batch, _, queries, _ = query.shape
     keys = key.shape[2]
     query_lengths = _lengths(problem.query_lengths, queries)
@@ -133,9 +139,9 @@ def _padded(problem: Problem) -> Batch:
     valid = None
     if query_lengths is not None:
         query = without_padding(query, query_lengths)
-        counts, valid = query_lengths.to(working_dtype(query)), query_lengths > 0
+        counts, valid = query_lengths.to(dtype), query_lengths > 0
     else:
-        counts = query.new_full((batch,), queries, dtype=working_dtype(query))
+        counts = query.new_full((batch,), queries)
         valid = counts > 0 if queries == 0 else None
     if key_lengths is not None:
         key, value = without_padding(key, key_lengths), without_padding(value, key_lengths)
@@ -169,16 +175,17 @@ def _padded(problem: Problem) -> Batch:
         )
         is_causal = False
     attention = Attention(problem.scale, problem.softcap, is_causal, ranges)
-    return Batch(query, key, value, attention, counts, valid, row, is_only_row, None, None)
+    return Batch(problem.query.dtype, query, key, value, attention, counts, valid, row, is_only_row, None, None)
 
 
 def _packed(problem: Problem) -> Batch:
     assert problem.cu_seqlens_q is not None and problem.cu_seqlens_k is not None
-    query, key, value = (x.transpose(0, 1)[None] for x in (problem.query, problem.key, problem.value))
+    dtype = working_dtype(problem.query)
+    query, key, value = (x.to(dtype).transpose(0, 1)[None] for x in (problem.query, problem.key, problem.value))
     total, device = query.shape[2], query.device
     offsets, key_offsets = _offsets(problem.cu_seqlens_q, total), _offsets(problem.cu_seqlens_k, key.shape[2])
     queries, keys = offsets.diff(), key_offsets.diff()  # [B]
-    counts = queries.to(working_dtype(query))
+    counts = queries.to(dtype)
     row = _pooled_row(problem.pool, counts)
     is_only_row = row is not None and problem.rows != "all" and total > 0
     if is_only_row:
@@ -201,7 +208,9 @@ def _packed(problem: Problem) -> Batch:
     )
     row_starts = starts.tolist() if on_cpu(query) else None
     attention = Attention(problem.scale, problem.softcap, False, ranges, row_starts)
-    return Batch(query, key, value, attention, counts, queries > 0, row, is_only_row, offsets, example)
+    return Batch(
+        problem.query.dtype, query, key, value, attention, counts, queries > 0, row, is_only_row, offsets, example
+    )
 
 
 def without_padding(tensor: Tensor, lengths: Tensor) -> Tensor:

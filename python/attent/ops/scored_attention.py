@@ -23,6 +23,7 @@ from .._checks import (
 from ..philox import seed_tensor
 from ..selection import Selection
 from . import torch_scored_attention as torch_scored_attention  # registers the torch backend
+from .scored_attention_op import Problem, Scoring, run
 from .select_top_k import _check_seed
 
 POOLS = ("mean", "first", "last")
@@ -197,19 +198,19 @@ def scored_attention(
             rows = "none"
         elif pool != "mean" and has_rows:
             rows = "pooled"
-    output, logsumexp, losses, logits, pooled, _, scores, *chosen = torch.ops.attent.scored_attention(
+    problem = Problem(
         query, key, value, target, weight, bias, labels, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k,
         is_causal, scale, window_left, window_right, softcap, pool, rows, backend,
-        score, per_example, top_k, temperature, floor, noise_seed,
     )  # fmt: skip
+    results = run(problem, Scoring(score, per_example, top_k, temperature, floor, noise_seed))
     return ScoredAttention(
-        output if return_output else None,
-        logsumexp if return_output else None,
-        losses,
-        None if readout is None else logits,
-        None if readout is None else pooled,
-        None if score is None else scores,
-        None if top_k is None else Selection(*chosen),
+        results.output if return_output else None,
+        results.logsumexp if return_output else None,
+        results.losses,
+        None if readout is None else results.logits,
+        None if readout is None else results.pooled,
+        None if score is None else results.scores,
+        None if top_k is None else Selection(results.chosen, results.chosen_score, results.inclusion),
     )
 
 
@@ -326,7 +327,7 @@ def _check_readout(
 ) -> tuple[Tensor, Tensor, Tensor | None, str]:
     """Refuse a readout that does not fit; its weight, labels, bias and pool."""
     if not isinstance(readout, Readout):
-        refuse("readout", describe(readout), "an attent.Readout")
+        refuse("readout", type(readout).__name__, "an attent.Readout")
     weight, labels, bias, pool = readout
     width, device = query.shape[1] * value.shape[-1], query.device
     takes = f"a floating-point tensor [C, Hq * Dv = {width}], C >= 1"

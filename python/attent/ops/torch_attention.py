@@ -15,7 +15,8 @@ What computes a tile::
     strides       | last must be 1, or it reads the wrong numbers     | any
     an empty size | divides by zero: such tiles are never made        | never made
     float64       | yes                                               | yes
-    float16, 32   | in the inputs' dtype                              | in float32
+    half floats   | no: an approximate exp puts its logsumexp 5e-5    | no
+                  | off. They come here as float32                    |
 
 Its public front, ``torch.nn.functional.scaled_dot_product_attention``, runs the same CPU kernel but keeps the logsumexp to
 itself. On other devices tiles are matrix products: right, without host reads, and slower than a fused kernel.
@@ -36,12 +37,14 @@ TILE_BYTES = 16 * 2**20
 #: Rows of a CPU tile under a mask: few enough that the keys no row of it looks at are worth leaving out.
 CPU_TILE_ROWS = 256
 
-_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-_FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+_HAS_FLASH = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")  # not a promise of PyTorch's
+if _HAS_FLASH:
+    _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 class Attention(NamedTuple):
-    """What attention is computed, for query [B, H, Tq, D], key [B, Hkv, Tk, D], value [B, Hkv, Tk, Dv]."""
+    """What is computed of query [B, H, Tq, D], key [B, Hkv, Tk, D], value [B, Hkv, Tk, Dv]: all float32 or all float64."""
 
     scale: float
     softcap: float | None
@@ -69,16 +72,17 @@ def on_cpu(tensor: Tensor) -> bool:
 
 def rows_first(tensor: Tensor) -> Tensor:
     """[B, H, T, D], stored as [B, T, H, D]: merging the heads is then a view."""
-    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    transposed = tensor.transpose(1, 2)
+    return tensor if transposed.is_contiguous() else transposed.contiguous().transpose(1, 2)
 
 
-def empty_rows_first(like: Tensor, batch: int, heads: int, rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised [B, H, T, D], stored as [B, T, H, D]."""
-    return like.new_empty(batch, rows, heads, width, dtype=dtype).transpose(1, 2)
+def empty_rows_first(like: Tensor, batch: int, heads: int, rows: int, width: int) -> Tensor:
+    """An uninitialised [B, H, T, D], stored as [B, T, H, D], in another tensor's dtype."""
+    return like.new_empty(batch, rows, heads, width).transpose(1, 2)
 
 
 def attention_forward(query: Tensor, key: Tensor, value: Tensor, what: Attention) -> tuple[Tensor, Tensor]:
-    """Output [B, H, Tq, Dv], stored rows first, and logsumexp [B, H, Tq]; 0 and -inf for rows without a key."""
+    """Output [B, H, Tq, Dv], stored rows first, and logsumexp [B, H, Tq]; 0 and -inf for a row without a key."""
     heads = query.shape[1]
     key, value = _repeat_heads(key, heads), _repeat_heads(value, heads)
     flash = _flash_takes(query, what)
@@ -88,8 +92,8 @@ def attention_forward(query: Tensor, key: Tensor, value: Tensor, what: Attention
         return rows_first(output), logsumexp.contiguous()
 
     batch, _, rows, _ = query.shape
-    output = empty_rows_first(query, batch, heads, rows, value.shape[3], query.dtype).zero_()
-    logsumexp = query.new_full((batch, heads, rows), -torch.inf, dtype=working_dtype(query))
+    output = empty_rows_first(query, batch, heads, rows, value.shape[3]).zero_()
+    logsumexp = query.new_full((batch, heads, rows), -torch.inf)
     for tile in _tiles(query, key, what):
         q, k, v = (
             query[tile.examples, :, tile.rows],
@@ -118,9 +122,8 @@ def attention_backward(
         # A row without a key has logsumexp -inf, and exp(-inf - -inf) is NaN; exp(-inf - inf) is the 0 it should be.
         logsumexp = logsumexp.masked_fill(logsumexp == -torch.inf, torch.inf)
         grad_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
-        # Keys gather gradients from many tiles: in the working dtype, or each of them would round the sum.
-        grad_key = torch.zeros(key.shape, dtype=working_dtype(key), device=key.device)
-        grad_value = torch.zeros(value.shape, dtype=working_dtype(value), device=value.device)
+        grad_key = torch.zeros(key.shape, dtype=key.dtype, device=key.device)
+        grad_value = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
         for tile in _tiles(query, key, what):
             rows, keys = (tile.examples, slice(None), tile.rows), (tile.examples, slice(None), tile.keys)
             grad_query[rows], to_keys, to_values = tile_backward(
@@ -131,7 +134,7 @@ def attention_backward(
     if kv_heads != heads:
         grad_key = grad_key.unflatten(1, (kv_heads, heads // kv_heads)).sum(2)
         grad_value = grad_value.unflatten(1, (kv_heads, heads // kv_heads)).sum(2)
-    return rows_first(grad_query), rows_first(grad_key.to(key.dtype)), rows_first(grad_value.to(value.dtype))
+    return rows_first(grad_query), rows_first(grad_key), rows_first(grad_value)
 
 
 # ------------------------------------------------------------------------------------------------------------ tiles
@@ -146,7 +149,7 @@ def _repeat_heads(tensor: Tensor, heads: int) -> Tensor:
 
 
 def _flash_takes(query: Tensor, what: Attention) -> bool:
-    return on_cpu(query) and what.softcap is None and _FLASH is not None
+    return on_cpu(query) and what.softcap is None and _HAS_FLASH
 
 
 def _is_one_tile(query: Tensor, key: Tensor, what: Attention, flash: bool) -> bool:
@@ -159,7 +162,7 @@ def _is_one_tile(query: Tensor, key: Tensor, what: Attention, flash: bool) -> bo
 def _score_bytes(query: Tensor, key: Tensor) -> int:
     """Bytes of all attention scores."""
     batch, heads, rows, _ = query.shape
-    return batch * heads * rows * key.shape[2] * working_dtype(query).itemsize
+    return batch * heads * rows * key.shape[2] * query.element_size()
 
 
 def _tiles(query: Tensor, key: Tensor, what: Attention) -> Iterator[Tile]:
@@ -180,7 +183,7 @@ def _tiles(query: Tensor, key: Tensor, what: Attention) -> Iterator[Tile]:
         tile_rows = max(1, TILE_BYTES // row_bytes) if each_row_masked else rows
         matrix_bytes = row_bytes * (tile_rows if each_row_masked else 1)
     else:
-        row_bytes = keys * heads * working_dtype(query).itemsize
+        row_bytes = keys * heads * query.element_size()
         tile_rows = max(1, min(rows, TILE_BYTES // row_bytes))
         matrix_bytes = row_bytes * tile_rows
     if look and each_row_masked:
@@ -215,13 +218,17 @@ def _flash_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if mask is None else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
+def _narrow(tensor: Tensor, width: int) -> Tensor:
+    return tensor if tensor.shape[3] == width else tensor[..., :width]
+
+
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, what: Attention) -> tuple[Tensor, Tensor]:
     width = max(q.shape[3], v.shape[3])
-    output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        _flash_ready(q, width), _flash_ready(k, width), _flash_ready(v, width), 0.0, what.is_causal,
-        attn_mask=_flash_mask(mask, q.dtype), scale=what.scale,
-    )  # fmt: skip
-    return output[..., : v.shape[3]], logsumexp
+    ready = [_flash_ready(x, width) for x in (q, k, v)]
+    output, logsumexp = _FLASH(
+        *ready, 0.0, what.is_causal, attn_mask=_flash_mask(mask, q.dtype), scale=what.scale
+    )
+    return _narrow(output, v.shape[3]), logsumexp
 
 
 def _flash_backward(
@@ -230,48 +237,40 @@ def _flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     width = max(q.shape[3], v.shape[3])
     ready = [_flash_ready(x, width) for x in (grad_output, q, k, v, output)]
-    grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    grad_q, grad_k, grad_v = _FLASH_BACKWARD(
         *ready, logsumexp, 0.0, what.is_causal, attn_mask=_flash_mask(mask, q.dtype), scale=what.scale
     )
-    return grad_q[..., : q.shape[3]], grad_k[..., : q.shape[3]], grad_v[..., : v.shape[3]]
+    return _narrow(grad_q, q.shape[3]), _narrow(grad_k, k.shape[3]), _narrow(grad_v, v.shape[3])
 
 
 # ------------------------------------------------------------------------------------------ a tile by matrix products
 
 
-def _capped_scores(q: Tensor, k: Tensor, what: Attention) -> tuple[Tensor, Tensor | None]:
-    """Scores s = scale q kᵀ, with softcap c tanh(s / c), [b, H, r, K] in the working dtype; and that tanh."""
-    dtype = working_dtype(q)
-    scores = (q.to(dtype) * what.scale) @ k.to(dtype).mT
-    if what.softcap is None:
-        return scores, None
-    tanh = scores.div_(what.softcap).tanh_()
-    return tanh * what.softcap, tanh
+def _capped_scores(q: Tensor, k: Tensor, mask: Tensor | None, what: Attention) -> tuple[Tensor, Tensor | None]:
+    """Scores s = scale q kᵀ, with softcap c tanh(s / c), -inf under the mask, [b, H, r, K]; and that tanh."""
+    scores, tanh = (q * what.scale) @ k.mT, None
+    if what.softcap is not None:
+        tanh = scores.div_(what.softcap).tanh_()
+        scores = tanh * what.softcap
+    return scores if mask is None else scores.masked_fill_(~mask, -torch.inf), tanh
 
 
 def _products_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, what: Attention) -> tuple[Tensor, Tensor]:
-    scores, _ = _capped_scores(q, k, what)
-    if mask is not None:
-        scores.masked_fill_(~mask, -torch.inf)
+    scores, _ = _capped_scores(q, k, mask, what)
     logsumexp = scores.logsumexp(-1)
     probabilities = scores.sub_(logsumexp.masked_fill(logsumexp == -torch.inf, torch.inf)[..., None]).exp_()
-    return (probabilities @ v.to(probabilities.dtype)).to(q.dtype), logsumexp
+    return probabilities @ v, logsumexp
 
 
 def _products_backward(
     grad_output: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, logsumexp: Tensor, mask: Tensor | None,
     what: Attention,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    scores, tanh = _capped_scores(q, k, what)
-    if mask is not None:
-        scores.masked_fill_(~mask, -torch.inf)
+    scores, tanh = _capped_scores(q, k, mask, what)
     probabilities = scores.sub_(logsumexp[..., None]).exp_()
-    grad_output = grad_output.to(scores.dtype)
     grad_v = probabilities.mT @ grad_output
-    grad_scores = grad_output @ v.to(scores.dtype).mT  # of the probabilities first, then of the scores
-    grad_scores.sub_((grad_output * output.to(scores.dtype)).sum(-1, keepdim=True)).mul_(probabilities)
+    grad_scores = grad_output @ v.mT  # of the probabilities first, then of the scores
+    grad_scores.sub_((grad_output * output).sum(-1, keepdim=True)).mul_(probabilities)
     if tanh is not None:
         grad_scores.mul_(tanh.square_().neg_().add_(1))
-    grad_q = (grad_scores @ k.to(scores.dtype)).mul_(what.scale)
-    grad_k = (grad_scores.mT @ q.to(scores.dtype)).mul_(what.scale)
-    return grad_q.to(q.dtype), grad_k, grad_v
+    return (grad_scores @ k).mul_(what.scale), (grad_scores.mT @ q).mul_(what.scale), grad_v

@@ -24,9 +24,7 @@ def scored_attention_forward(problem: Problem, scoring: Scoring) -> Results:
     logits = pooled = logit_gradient = scores = None
     if problem.target is not None:
         n = batch.counts.clamp(min=1)
-        square = batch.sum_by_example(
-            _residual(batch, output, problem.target).square_().sum((1, 3))
-        )  # ‖f_t − y_t‖² [B, R]
+        square = batch.sum_by_example(_residual(batch, output, problem.target).square_().sum((1, 3)))  # Σ_t ‖f_t − y_t‖²
         losses = square / (2 * n)
         if scoring.score == "residual":
             scores = square.sqrt() * {"mean": 1 / n, "sum": 1, "rms": n.rsqrt()}[scoring.per_example]
@@ -65,7 +63,7 @@ def scored_attention_forward(problem: Problem, scoring: Scoring) -> Results:
 def scored_attention_backward(problem: Problem, saved: Saved, grads: Gradients, wanted: list[bool]) -> FiveTensors:
     """Gradients in query, key, value, readout weight and bias: back through the losses, the readout, then attention."""
     batch = as_batch(problem)
-    weight = bias = problem.query.new_empty(0)
+    weight, bias = problem.query.new_empty(0), problem.query.new_empty(0)
     grad_pooled = grads.pooled
     if problem.readout_weight is not None and (grads.losses is not None or grads.logits is not None):
         grad_logits = _grad_logits(saved, grads)  # [B, C]
@@ -82,27 +80,27 @@ def scored_attention_backward(problem: Problem, saved: Saved, grads: Gradients, 
         return query, key, value, weight, bias
 
     output = batch.to_rows(saved.output)
-    parts = []  # of the gradient in output, [B, H, R, Dv]
+    parts = []  # of the gradient in output [B, H, R, Dv]
     if grads.output is not None:
         parts.append(batch.blank(batch.to_rows(grads.output)))
     if grad_pooled is not None:
         parts.append(batch.unpool(grad_pooled, output.shape[3]))
     if grads.losses is not None and problem.target is not None:
         scale = batch.to_each_row(grads.losses / batch.counts.clamp(min=1))
-        parts.append(batch.blank(_residual(batch, output, problem.target).mul_(scale)).to(output.dtype))
+        parts.append(batch.blank(_residual(batch, output, problem.target).mul_(scale)))
     grad_output = sum(parts[1:], start=parts[0])
     logsumexp = saved.logsumexp if batch.offsets is None else saved.logsumexp[None]
     query, key, value = attention_backward(
         grad_output, batch.query, batch.key, batch.value, output, logsumexp, batch.attention
     )
-    query = batch.from_only_row(query, problem.query) if batch.is_only_row else query
+    if batch.is_only_row:
+        query = batch.from_only_row(query, problem.query.shape[2 if batch.offsets is None else 0])
     return batch.from_rows(query), batch.from_rows(key), batch.from_rows(value), weight, bias
 
 
 def _residual(batch: Batch, output: Tensor, target: Tensor) -> Tensor:
     """f_t - y_t, [B, H, R, Dv] in the working dtype."""
-    dtype = batch.counts.dtype
-    return torch.sub(output.to(dtype), batch.to_rows(target).to(dtype))
+    return output - batch.to_rows(target)
 
 
 def _readout(problem: Problem, pooled: Tensor) -> Tensor:

@@ -1,0 +1,7 @@
+"""What one-pass teaching says of a learner that it cannot serve."""
+
+from __future__ import annotations
+
+
+class OnePassError(RuntimeError):
+    """This learner, or this operation of it, cannot be taught in one pass; the message names it and says why."""

@@ -1,0 +1,286 @@
+"""``attent.OnePass``: forward a pool once, train on the rows chosen from it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .._checks import FLOATING, check_choice, check_int, check_tensor, describe, refuse, values_readable
+from .batch import Batch, modules_of
+from .eager import EagerForward
+from .errors import OnePassError
+from .probe import Plan, graph_nodes, losses_of, probe
+from .report import OnePassReport, estimated_cost
+from .two_pass import TwoPassForward
+from .verify import gradient_error
+
+_NO_COMPILE = "this release has no compile engine yet"
+_COMPILED = "a compiled region's backward does not run on chosen rows; leave out torch.compile"
+
+
+class OnePass:
+    """Trains on rows chosen from a batch at one forward of the batch and a backward of the chosen rows only.
+
+    A stream taught in five lines::
+
+        step = attent.OnePass(per_example_loss)  # (x, y) -> losses [B], scores [B]          # 1
+        teacher = attent.Teacher(total_steps=10_000, ratio=0.5)                              # 2
+        for x, y in stream:
+            losses, scores = step(x, y)                                                      # 3
+            lesson = teacher.choose(scores)                                                  # 4
+            step.loss(losses, lesson.index, teacher.weights(lesson)).backward()              # 5
+            optimizer.step(); optimizer.zero_grad()
+
+    Gradients are those of training on the chosen rows alone, to rounding. With random operations (dropout) they are
+    those of the forward that was run: of the whole batch's masked backward.
+
+    Engines:
+
+    * ``"eager"`` costs (1 + 2r)/3 of a full step at keep ratio r. The learner is probed on a few rows first, once per
+      signature (shapes, dtypes, options, training modes, autocast): one whose rows look at each other (BatchNorm,
+      in-batch contrast) is refused, naming tensor and operation. The first gradient of each signature is compared with
+      the whole batch's masked backward, and so is every ``verify_every``-th: that step costs two backwards more.
+    * ``"two_pass"`` costs (1 + 3r)/3: a forward without gradient, then forward and backward of the chosen rows, which
+      draw new random numbers: with dropout, the losses and scores chosen by come from other masks than those trained
+      with. It takes any learner, batch statistics being those of the chosen rows; peak memory is r of a full step's.
+    * ``"auto"`` is eager where the learner allows it, else two-pass, with a warning and the reason in :meth:`report`.
+
+    Args:
+        per_example_loss: called with the batch, returns ``losses`` ``[B]`` or ``(losses, scores)``.
+        engine: ``"auto"``, ``"eager"`` or ``"two_pass"``.
+        verify_every: n: compare every n-th step's gradient with the whole batch's masked backward and raise if they
+            differ by more than rounding explains; 0: only the first of each signature.
+
+    Raises:
+        ValueError: an argument is out of its range; ``engine="compile"``, which this release does not have yet.
+        OnePassError: with ``engine="eager"``, a learner that cannot be served; with any, a gradient that fails
+            ``verify_every``.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 4))
+    >>> step = attent.OnePass(lambda x, y: torch.nn.functional.cross_entropy(model(x), y, reduction="none"))
+    >>> losses = step(torch.randn(16, 8), torch.arange(16) % 4)
+    >>> step.loss(losses, losses.topk(8).indices).backward()
+    >>> step.report().engine
+    'eager'
+    """
+
+    def __init__(self, per_example_loss: Callable[..., Any], *, engine: str = "auto", verify_every: int = 0) -> None:
+        if not callable(per_example_loss):
+            refuse("per_example_loss", describe(per_example_loss), "a function of the batch that returns losses [B]")
+        if engine == "compile":
+            refuse("engine", "'compile'", f"'auto', 'eager' or 'two_pass': {_NO_COMPILE}")
+        check_choice("engine", engine, ("auto", "eager", "two_pass"))
+        check_int("verify_every", verify_every, low=0)
+        self._function = per_example_loss
+        self._engine, self._verify_every = engine, verify_every
+        self._plans: dict[Hashable, Plan] = {}
+        self._refused_signatures: set[Hashable] = set()
+        self._pending: Any = WeakIdKeyDictionary()  # losses -> the forward that they came from, and its signature
+        self._refused = {"compile": _NO_COMPILE}
+        self._last: tuple[str, float] | None = None
+        self._losses_made = self._probes = self._verified = 0
+        self._largest_error = 0.0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward on a batch; B is the leading size of its first tensor.
+
+        Returns:
+            What ``per_example_loss`` returns: losses ``[B]``, or (losses, scores); scores without gradient.
+
+        Raises:
+            ValueError: the batch holds no tensor, or the losses are not ``[B]``.
+        """
+        if not torch.is_grad_enabled():
+            return self._function(*args, **kwargs)
+        batch = Batch(args, kwargs)
+        forward: EagerForward | TwoPassForward
+        modules = modules_of(self._function)
+        signature = batch.signature(modules)
+        if self._engine == "two_pass" or signature in self._refused_signatures:
+            forward = TwoPassForward(self._function, batch, modules)
+            result = forward.run()
+        else:
+            try:
+                forward = EagerForward(self._plan(signature, batch))
+            except (OnePassError, NotImplementedError) as error:
+                self._refuse_eager(signature, error)
+                forward = TwoPassForward(self._function, batch, modules)
+            result = forward.run(self._function, batch) if isinstance(forward, EagerForward) else forward.run()
+            if isinstance(forward, EagerForward):
+                self._check_plan(forward, signature, batch, losses_of(result)[0])
+        losses, scores = losses_of(result)
+        if losses.shape != (batch.size,):
+            refuse(
+                "per_example_loss",
+                f"losses of shape {tuple(losses.shape)}",
+                f"losses [B={batch.size}], one a row of the batch's first tensor (packed batches are not served)",
+            )
+        self._pending[losses] = (forward, signature)
+        if scores is None:
+            return losses
+        return losses, pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, scores)
+
+    def loss(
+        self, losses: Tensor, index: Tensor, weights: Tensor | None = None, denominator: float | Tensor | None = None
+    ) -> Tensor:
+        """The chosen rows' loss: a scalar whose ``backward()`` trains on them only.
+
+        ``Σ_i w_i · losses[index_i] / denominator``, with weights of 1 and a denominator of k if not given. One loss per
+        forward and backward pass; ``create_graph=True`` is refused.
+
+        Args:
+            losses: as :meth:`__call__` returned them.
+            index: int64 ``[k]`` rows of the batch, in any order; a repeated one counts as often as it comes.
+            weights: floating-point ``[k]``; they get no gradient.
+            denominator: a number, for instance of all accumulated batches' rows or tokens.
+
+        Raises:
+            ValueError: naming the argument, what came and what is taken.
+            OnePassError: the gradient is not the whole batch's masked one (when that is compared).
+        """
+        found = self._pending.get(losses) if isinstance(losses, Tensor) else None
+        if found is None:
+            refuse("losses", describe(losses), "the losses that this step returned, not a copy or a function of them")
+        forward: EagerForward | TwoPassForward = found[0]
+        weights = _check_choice_of_rows(losses, index, weights, denominator)
+        self._losses_made += 1
+        if isinstance(forward, TwoPassForward):
+            self._note("two_pass", losses, index)
+            return forward.loss(losses, index, weights)
+        if forward.plan is None or max(len(index), 2) >= len(losses):
+            self._note("whole", losses, index)
+            return forward.whole_loss(losses, index, weights)
+        loss = forward.loss(losses, index, weights)
+        due = self._verify_every > 0 and self._losses_made % self._verify_every == 0
+        if (due or not forward.plan.verified) and not self._verify(
+            forward, found[1], losses, index, weights, loss, due
+        ):
+            self._note("whole", losses, index)
+            return forward.whole_loss(losses, index, weights)
+        self._note("eager", losses, index)
+        return loss
+
+    def backward(self, losses: Tensor, index: Tensor, weights: Tensor | None = None) -> None:
+        """``step.loss(losses, index, weights).backward()``: gradients of training on the chosen rows alone."""
+        torch.autograd.backward(self.loss(losses, index, weights))
+
+    def report(self) -> OnePassReport:
+        """The engine of the last step, why others were refused, its estimated cost, and what was verified."""
+        engine, ratio = self._last if self._last is not None else (None, None)
+        cost = None if engine is None or ratio is None else estimated_cost(engine, ratio)
+        return OnePassReport(
+            engine, dict(self._refused), ratio, cost, self._probes, self._verified, self._largest_error
+        )
+
+    # ------------------------------------------------------------------------------------------------- the eager engine
+
+    def _plan(self, signature: Hashable, batch: Batch) -> Plan | None:
+        """What is known of a signature, from a probe if need be; None: there is nothing to choose from."""
+        if batch.size < 3:  # a cut takes two rows or more, and fewer than there are
+            return None
+        known = self._plans.get(signature)
+        if known is not None and known.lasting:
+            return known
+        _refuse_compiled(self._function)
+        self._probes += 1
+        plan = self._plans[signature] = probe(self._function, batch, modules_of(self._function))
+        return plan
+
+    def _check_plan(self, forward: EagerForward, signature: Hashable, batch: Batch, losses: Tensor) -> None:
+        """Whether a forward that has been run is the one that was probed; if not, learn it anew."""
+        if forward.plan is None:
+            return
+        try:
+            if not forward.fits_plan():  # a mode that the signature does not show has changed
+                self._plans.pop(signature, None)
+                forward.plan = self._plan(signature, batch)
+                if not forward.fits_plan():
+                    raise OnePassError("the forward saves other tensors for the batch than for a few of its rows")
+            if forward.plan is not None and not forward.plan.verified:
+                for node in graph_nodes(losses):
+                    if "CompiledFunction" in node.name():
+                        raise OnePassError(f"{node.name()}: {_COMPILED}")
+        except (OnePassError, NotImplementedError) as error:
+            forward.plan = None
+            self._plans.pop(signature, None)
+            self._refuse_eager(signature, error)
+
+    def _verify(
+        self,
+        forward: EagerForward,
+        signature: Hashable,
+        losses: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        loss: Tensor,
+        due: bool,
+    ) -> bool:
+        """Compare with the masked backward. False: the first gradient differs, and ``"auto"`` goes on without."""
+        assert forward.plan is not None
+        whole = forward.whole_loss(losses, index, weights)
+        dtypes = {dtype for _, dtype in forward.shapes} | {losses.dtype}
+        try:
+            error = gradient_error(loss, whole, modules_of(self._function), dtypes)
+        except (OnePassError, NotImplementedError) as reason:
+            if due and forward.plan.verified:
+                raise
+            forward.plan = None
+            self._plans.pop(signature, None)
+            self._refuse_eager(signature, reason)
+            return False
+        if error is not None:
+            self._verified += 1
+            self._largest_error = max(self._largest_error, error)
+            # Without weight or loss there is nothing to see: look again at the next gradient.
+            forward.plan.verified = len(index) > 0
+        return True
+
+    def _refuse_eager(self, signature: Hashable, reason: Exception) -> None:
+        """Raise, or note the reason and warn, as ``engine`` says."""
+        if self._engine == "eager":
+            raise reason if isinstance(reason, OnePassError) else OnePassError(str(reason))
+        self._refused_signatures.add(signature)
+        self._refused["eager"] = str(reason)
+        warnings.warn(f"OnePass teaches in two passes, for the eager engine cannot serve this: {reason}", stacklevel=3)
+
+    def _note(self, engine: str, losses: Tensor, index: Tensor) -> None:
+        self._last = engine, len(index) / max(len(losses), 1)
+
+
+def _refuse_compiled(function: object) -> None:
+    """Refuse what is seen to be compiled; the rest shows in the graph of the first forward."""
+    for root in modules_of(function):
+        for module in root.modules():
+            if module._compiled_call_impl is not None or isinstance(module, torch._dynamo.OptimizedModule):
+                raise OnePassError(f"{type(module).__name__}: {_COMPILED}")
+    if hasattr(function, "_torchdynamo_orig_callable"):
+        raise OnePassError(f"per_example_loss: {_COMPILED}")
+
+
+def _check_choice_of_rows(
+    losses: Tensor, index: Tensor, weights: Tensor | None, denominator: float | Tensor | None
+) -> Tensor:
+    """Check a choice; returns the factors [k] of its losses."""
+    check_tensor(
+        "index", index, "int64 [k] rows of the batch", shape=(None,), dtypes=(torch.int64,), device=losses.device
+    )
+    count = len(index)
+    if count and values_readable(index) and not (int(index.min()) >= 0 and int(index.max()) < len(losses)):
+        refuse("index", f"rows {int(index.min())} to {int(index.max())}", f"rows in [0, B={len(losses)})")
+    if weights is None:
+        weights = losses.new_ones(count)
+    else:
+        takes = f"floating-point [k={count}]"
+        check_tensor("weights", weights, takes, shape=(count,), dtypes=FLOATING, device=losses.device)
+        weights = weights.detach().to(losses.dtype)
+    if denominator is None:
+        return weights / max(count, 1)
+    if isinstance(denominator, Tensor) and denominator.numel() != 1:
+        refuse("denominator", describe(denominator), "a number, or a tensor of one")
+    return weights / denominator

@@ -1,0 +1,103 @@
+"""Which backend runs an op: the one asked for or an error that says why not; "auto" picks what is measured or there."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+
+import attent
+from attent.ops import dispatch
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An op with an implementation of each kind, another one in PyTorch alone, and a machine without a GPU."""
+    table = {"all": dict.fromkeys(dispatch.BACKENDS, print), "plain": {"torch": print}}
+    monkeypatch.setattr(dispatch, "_implementations", table)
+    monkeypatch.setattr(dispatch, "MEASURED", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture
+def gpu(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+def test_auto_takes_torch_on_a_cpu(kernels: None) -> None:
+    assert dispatch.choose("all", "auto", CPU) == "torch"
+    assert dispatch.choose("plain", "auto", CPU) == "torch"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_auto_takes_triton_on_a_gpu_where_the_op_has_it() -> None:
+    assert dispatch.choose("all", "auto", CUDA) == "triton"
+    assert dispatch.choose("plain", "auto", CUDA) == "torch"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_auto_takes_what_was_measured_fastest_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "MEASURED", {"all": {"cuda": "cuda"}, "plain": {"cuda": "cuda"}})
+    assert dispatch.choose("all", "auto", CUDA) == "cuda"
+    assert dispatch.choose("all", "auto", CPU) == "torch"
+    assert dispatch.choose("plain", "auto", CUDA) == "torch"  # has no such kernel
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert dispatch.choose("all", "auto", CUDA) == "torch"
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("backend", dispatch.BACKENDS)
+def test_a_backend_asked_for_by_name_is_taken(backend: str) -> None:
+    assert dispatch.choose("all", backend, CUDA) == backend
+    assert dispatch.unavailable(backend) is None
+
+
+def refusal(op: str, backend: Any, device: torch.device) -> str:
+    with pytest.raises(ValueError, match=r"^backend: got .+; takes .+") as error:
+        dispatch.choose(op, backend, device)
+    return str(error.value)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_backend_that_cannot_run_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no CUDA device" in refusal("all", "cuda", CUDA)
+    assert "TRITON_INTERPRET=1" in refusal("all", "triton", CUDA)
+    assert "'auto', 'cuda', 'triton', 'torch'" in refusal("all", "fastest", CPU)
+    assert "'auto', 'cuda', 'triton', 'torch'" in refusal("all", None, CPU)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "takes CUDA tensors, these are on cpu" in refusal("all", "triton", CPU)
+    assert "takes CUDA tensors, these are on cpu" in refusal("all", "cuda", CPU)
+    assert "plain has no triton kernel yet" in refusal("plain", "triton", CUDA)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "triton is not installed" in refusal("all", "triton", CUDA)
+
+    monkeypatch.setattr(dispatch, "_implementations", {"plain": {"torch": print}})
+    assert "this release of attent has no triton kernels yet" in refusal("plain", "triton", CUDA)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_triton_takes_cpu_tensors_under_its_interpreter_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert dispatch.choose("all", "triton", CPU) == "triton"
+    assert dispatch.choose("all", "auto", CPU) == "torch"  # it is slow: for testing
+    assert "no CUDA device" in refusal("all", "cuda", CPU)
+
+
+def test_backends_says_for_each_whether_it_can_run_or_why_not() -> None:
+    said = attent.backends()
+    assert list(said) == list(dispatch.BACKENDS) and said["torch"] == "available"
+    for backend in dispatch.BACKENDS:
+        reason = dispatch.unavailable(backend)
+        assert said[backend] == ("available" if reason is None else reason) != ""
+
+
+def test_each_op_is_registered_with_its_backward() -> None:
+    for op in ("linear_cross_entropy", "linear_cross_entropy_backward"):
+        assert callable(dispatch.implementation(op, "torch"))
