@@ -10,7 +10,7 @@ Arguments have the meaning, shapes and defaults of the public functions of the s
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,50 +40,37 @@ def linear_cross_entropy(
     cu_seqlens: Tensor | None = None,
 ) -> Any:
     """Cross-entropy of ``input @ linear_weight.T + linear_bias`` and the gradient norm of each example's own loss."""
-    hidden, labels, example, valid, num_examples = _tokens(input, target, ignore_index, shift, cu_seqlens)
+    tokens = _tokens(input, target, ignore_index, shift, cu_seqlens)
+    computed = tokens.valid
     if example_weight is not None:
-        computed = valid & (example_weight != 0)[example]  # an example of weight 0 is not computed: loss 0, score 0
-    else:
-        computed = valid
-    logits = hidden @ linear_weight.T  # [N, V]
+        computed = computed & (example_weight != 0)[tokens.example]  # not computed at weight 0: loss 0, score 0
+    logits = tokens.hidden @ linear_weight.T  # [N, V]
     if linear_bias is not None:
         logits = logits + linear_bias
-    mass = _target_mass(labels, computed, logits, label_smoothing, weight)  # [N, V]
+    mass = _target_mass(tokens.target, computed, logits, label_smoothing, weight)  # [N, V]
     losses, gradient = _cross_entropy_and_gradient(logits, mass, softcap)  # [N], [N, V]
 
-    weighted = losses if example_weight is None else losses * example_weight[example]
+    weighted = losses if example_weight is None else losses * example_weight[tokens.example]
     # The denominators count every valid token, whatever its example's weight: the loss is linear in example_weight.
     if reduction == "none":
         loss = weighted.view(target.shape[: input.dim() - 1])
     elif reduction == "sum":
         loss = weighted.sum()
     elif reduction == "mean":  # as torch: with class indices the denominator is the sum of the targets' class weights
-        per_token = valid.to(losses.dtype)
-        if weight is not None and not labels.is_floating_point():
-            per_token = per_token * weight[labels.clamp(0, len(weight) - 1)]
+        per_token = tokens.valid.to(losses.dtype)
+        if weight is not None and not target.is_floating_point():
+            per_token = per_token * weight[tokens.target.clamp(0, len(weight) - 1)]
         total = per_token.sum()
         loss = torch.where(total == 0, weighted.sum() * 0, weighted.sum() / total.where(total != 0, 1))
     else:  # "example"
-        n = _sum_by_example(valid.to(losses.dtype), example, num_examples)
-        loss = _sum_by_example(weighted, example, num_examples) / n.clamp(min=1)
+        loss = tokens.by_example(weighted) / tokens.counts(losses.dtype)
     if score is None:
         return loss
 
     with torch.no_grad():
-        names = (score,) if isinstance(score, str) else score
+        names, biased = (score,) if isinstance(score, str) else score, linear_bias is not None
         scores = {
-            name: _score(
-                name,
-                losses,
-                gradient,
-                valid,
-                example,
-                num_examples,
-                per_example,
-                features=hidden,
-                linear_weight=linear_weight,
-                with_bias=linear_bias is not None,
-            )
+            name: _score(name, losses, gradient, tokens, per_example, tokens.hidden, linear_weight, biased)
             for name in names
         }
     return (loss, scores[score]) if isinstance(score, str) else (loss, scores)
@@ -104,29 +91,17 @@ def example_scores(
     """Scores of predictions already in hand: logits under cross-entropy, or values under ½‖prediction − target‖²."""
     if loss == "squared" and prediction.dim() == 1:  # one number per example
         prediction, target = prediction[:, None], target[:, None]
+    tokens = _tokens(prediction, target, ignore_index, False, cu_seqlens)
     if loss == "cross_entropy":
-        logits, labels, example, valid, num_examples = _tokens(prediction, target, ignore_index, False, cu_seqlens)
-        mass = _target_mass(labels, valid, logits, 0.0, None)
-        losses, gradient = _cross_entropy_and_gradient(logits, mass, None)
+        mass = _target_mass(tokens.target, tokens.valid, tokens.hidden, 0.0, None)
+        losses, gradient = _cross_entropy_and_gradient(tokens.hidden, mass, None)
     else:
-        values, wanted, example, valid, num_examples = _tokens(prediction, target, ignore_index, False, cu_seqlens)
-        gradient = values - wanted
+        gradient = tokens.hidden - tokens.target
         losses = 0.5 * gradient.square().sum(-1)
     if features is not None:
         features = features.reshape(-1, features.shape[-1])
     name = "logit" if score == "residual" else score
-    return _score(
-        name,
-        losses,
-        gradient,
-        valid,
-        example,
-        num_examples,
-        per_example,
-        features=features,
-        linear_weight=linear_weight,
-        with_bias=False,
-    ).detach()
+    return _score(name, losses, gradient, tokens, per_example, features, linear_weight, False).detach()
 
 
 def gradient_scores(
@@ -159,17 +134,31 @@ def score_and_select(
     """The lesson of a pool: :func:`linear_cross_entropy`'s scores, then :func:`select_top_k`, valid examples first."""
     scores = linear_cross_entropy(input, linear_weight, target, score=(score,), **options)[1][score]
     shift, cu_seqlens = options.get("shift", False), options.get("cu_seqlens")
-    _, _, example, valid, num_examples = _tokens(input, target, options.get("ignore_index", -100), shift, cu_seqlens)
-    has_token = _sum_by_example(valid.float(), example, num_examples) > 0
+    tokens = _tokens(input, target, options.get("ignore_index", -100), shift, cu_seqlens)
+    has_token = tokens.by_example(tokens.valid.float()) > 0
     if options.get("example_weight") is not None:
         has_token &= options["example_weight"] != 0
     return select_top_k(scores, k, temperature=temperature, floor=floor, valid=has_token, seed=seed)
 
 
-def _tokens(
-    input: Tensor, target: Tensor, ignore_index: int, shift: bool, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """Every layout as one list of tokens: hidden [N, D], target [N] or [N, V], each one's example [N], valid [N]; B."""
+class _Tokens(NamedTuple):
+    hidden: Tensor  # [N, D]; or logits or values [N, V] already in hand
+    target: Tensor  # [N], or [N, V]
+    example: Tensor  # [N] int64
+    valid: Tensor  # [N] bool
+    num_examples: int
+
+    def by_example(self, values: Tensor) -> Tensor:
+        """Token values [N] summed within examples [B]."""
+        return values.new_zeros(self.num_examples).index_add(0, self.example, values)
+
+    def counts(self, dtype: torch.dtype) -> Tensor:
+        """n, the valid tokens of each example [B]; 1 where there is none, whose sums are 0."""
+        return self.by_example(self.valid.to(dtype)).clamp(min=1)
+
+
+def _tokens(input: Tensor, target: Tensor, ignore_index: int, shift: bool, cu_seqlens: Tensor | None) -> _Tokens:
+    """Every layout as one list of tokens."""
     if cu_seqlens is not None:
         num_examples = len(cu_seqlens) - 1
         example = torch.arange(num_examples, device=input.device).repeat_interleave(cu_seqlens.diff().long())
@@ -185,7 +174,7 @@ def _tokens(
         valid = torch.cat([example[1:] == example[:-1], valid.new_zeros(min(1, len(valid)))])
     if not target.is_floating_point():
         valid = valid & (target != ignore_index)
-    return input, target, example, valid, num_examples
+    return _Tokens(input, target, example, valid, num_examples)
 
 
 def _target_mass(
@@ -217,36 +206,29 @@ def _score(
     name: str,
     losses: Tensor,
     gradient: Tensor,
-    valid: Tensor,
-    example: Tensor,
-    num_examples: int,
+    tokens: _Tokens,
     per_example: str,
-    *,
     features: Tensor | None,
     linear_weight: Tensor | None,
     with_bias: bool,
 ) -> Tensor:
     """One named score [B] from token losses [N], token gradients g [N, V] and head inputs h [N, D]."""
-    n = _sum_by_example(valid.to(losses.dtype), example, num_examples).clamp(min=1)
+    n = tokens.counts(losses.dtype)
     scale = {"mean": 1 / n, "sum": torch.ones_like(n), "rms": n.rsqrt()}[per_example]
     if name == "loss":  # always the mean
-        return _sum_by_example(losses, example, num_examples) / n
+        return tokens.by_example(losses) / n
     if name == "logit":  # ‖∂L_i/∂z‖ = s √Σ_t ‖g_t‖²
-        square = _sum_by_example(gradient.square().sum(-1), example, num_examples)
+        square = tokens.by_example(gradient.square().sum(-1))
     elif name == "hidden":  # ‖∂L_i/∂h‖ = s √Σ_t ‖Wᵀ g_t‖²
         assert linear_weight is not None
-        square = _sum_by_example((gradient @ linear_weight).square().sum(-1), example, num_examples)
+        square = tokens.by_example((gradient @ linear_weight).square().sum(-1))
     else:  # "head": ‖∂L_i/∂W‖ = s ‖Σ_t g_t h_tᵀ‖, cross-token terms included; with bias, of [W b]
         assert features is not None
         if with_bias:
             features = torch.cat([features, features.new_ones(len(features), 1)], dim=-1)
-        of = [example == i for i in range(num_examples)]
+        of = [tokens.example == i for i in range(tokens.num_examples)]
         square = gradient.new_tensor([(gradient[t].T @ features[t]).square().sum() for t in of])
     return scale * square.sqrt()
-
-
-def _sum_by_example(values: Tensor, example: Tensor, num_examples: int) -> Tensor:
-    return values.new_zeros(num_examples).index_add(0, example, values)
 
 
 # ----------------------------------------------------------------------------------------------- scored attention
