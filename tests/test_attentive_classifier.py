@@ -152,7 +152,11 @@ def test_bad_sizes_are_refused_by_name(argument: str, numbers: tuple[Any, ...]) 
         ("tokens", torch.zeros(4, 5, 32, dtype=torch.float64), {}),
         ("key_lengths", torch.zeros(4, 5, 32), {"key_lengths": torch.tensor([6, 1, 1, 1])}),
         ("key_lengths", torch.zeros(4, 5, 32), {"key_lengths": torch.tensor([1, 1])}),
-        ("key_lengths", torch.zeros(4, 5, 32), {"key_lengths": torch.tensor([6, 1, 1, 1]), "target": torch.zeros(4).long()}),
+        (
+            "key_lengths",
+            torch.zeros(4, 5, 32),
+            {"key_lengths": torch.tensor([6, 1, 1, 1]), "target": torch.zeros(4).long()},
+        ),
         ("readout.target", torch.zeros(4, 5, 32), {"target": torch.full((4,), 10)}),
         ("score", torch.zeros(4, 5, 32), {"target": torch.zeros(4).long(), "score": "hidden"}),
         ("top_k", torch.zeros(4, 5, 32), {"target": torch.zeros(4).long(), "top_k": 5}),

@@ -62,7 +62,9 @@ def test_residual_is_the_norm_of_the_gradient_of_the_examples_own_loss_in_its_ou
 ) -> None:
     query, key, value = inputs_for(options)
     target = randn(*output_shape(query, value))
-    out = reference.scored_attention(query, key, value, target=target, score="residual", per_example=per_example, **options)
+    out = reference.scored_attention(
+        query, key, value, target=target, score="residual", per_example=per_example, **options
+    )
     assert out.output is not None and out.scores is not None
     rows = rows_of_examples(query, options)
     for i, own in enumerate(rows):
@@ -113,7 +115,9 @@ def test_logit_is_the_norm_of_the_gradient_of_the_examples_own_loss_in_its_logit
 ) -> None:
     query, key, value = inputs_for(options)
     readout = Readout(randn(7, 6), torch.tensor([6, 0, 3]))
-    out = reference.scored_attention(query, key, value, readout=readout, score="logit", per_example=per_example, **options)
+    out = reference.scored_attention(
+        query, key, value, readout=readout, score="logit", per_example=per_example, **options
+    )
     assert out.scores is not None and out.logits is not None
     valid = torch.tensor([float(rows.sum() > 0) for rows in rows_of_examples(query, options)])
     logits = out.logits.detach().requires_grad_()
@@ -248,7 +252,9 @@ def test_torch_backend_is_the_specification_in_float64(
         cotangents = [randn(*x.shape) for x in (out.output, out.losses, out.logits, out.pooled) if x is not None]
         found = gradients(out, tensors, cotangents)
     for name in ("output", "logsumexp", "losses", "logits", "pooled", "scores"):
-        torch.testing.assert_close(getattr(out, name), getattr(expected, name), **FLOAT64, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            getattr(out, name), getattr(expected, name), **FLOAT64, msg=lambda m, n=name: f"{n}: {m}"
+        )
     for gradient, wanted, name in zip(found, gradients(expected, tensors, cotangents), tensors, strict=True):
         torch.testing.assert_close(gradient, wanted, **FLOAT64, msg=lambda m, n=name: f"gradient in {n}: {m}")
     if out.scores is not None:
@@ -258,7 +264,12 @@ def test_torch_backend_is_the_specification_in_float64(
             counts = torch.full((len(out.losses),), tensors["query"].shape[2])
         # Of the backend's own scores: where two are equal up to rounding, either order is right.
         lesson = reference.select_top_k(
-            out.scores, options["top_k"], temperature=options["temperature"], floor=options["floor"], valid=counts > 0, seed=3
+            out.scores,
+            options["top_k"],
+            temperature=options["temperature"],
+            floor=options["floor"],
+            valid=counts > 0,
+            seed=3,
         )
         torch.testing.assert_close(out.selection, lesson, **FLOAT64)
 
@@ -293,7 +304,11 @@ LARGE: dict[str, dict[str, Any]] = {
     },
     "window": {"window": (40, 3)},
     "softcap": {"softcap": 2.0, "is_causal": True},
-    "packed": {"cu_seqlens_q": cu_seqlens(500, 0, 300, 400), "cu_seqlens_k": cu_seqlens(300, 400, 0, 600), "is_causal": True},
+    "packed": {
+        "cu_seqlens_q": cu_seqlens(500, 0, 300, 400),
+        "cu_seqlens_k": cu_seqlens(300, 400, 0, 600),
+        "is_causal": True,
+    },
 }
 
 
@@ -313,7 +328,9 @@ def test_many_blocks_of_keys_are_computed_as_one(options: dict[str, Any]) -> Non
         torch.testing.assert_close(found, wanted, **FLOAT64)
 
 
-@pytest.mark.parametrize("options", [*LAYOUTS.values(), {"window": (-1, 1), "softcap": 1.5}], ids=[*LAYOUTS.keys(), "both"])
+@pytest.mark.parametrize(
+    "options", [*LAYOUTS.values(), {"window": (-1, 1), "softcap": 1.5}], ids=[*LAYOUTS.keys(), "both"]
+)
 @pytest.mark.parametrize("loss", ["target", *POOLS])
 def test_gradients_are_those_of_finite_differences(options: dict[str, Any], loss: str) -> None:
     query, key, value = (x[:2] if x.dim() == 4 else x for x in inputs_for(options, value_width=2))

@@ -65,7 +65,11 @@ def test_invalid_examples_score_0_and_are_chosen_last(packed: bool) -> None:
     assert out.selection.index.tolist() == [1, 3, 0]
     readout = Readout(randn(3, 4), torch.tensor([-100, 1, 99, 2]))  # the label of an invalid example is not looked at
     out = scored_attention(query, key, value, readout=readout, score="head", top_k=4, **options)
-    assert out.selection.index.tolist()[2:] == [0, 2] and (out.scores[[0, 2]] == 0).all() and (out.losses[[0, 2]] == 0).all()
+    assert (
+        out.selection.index.tolist()[2:] == [0, 2]
+        and (out.scores[[0, 2]] == 0).all()
+        and (out.losses[[0, 2]] == 0).all()
+    )
 
 
 def test_a_sure_examples_score_does_not_cancel() -> None:
@@ -108,10 +112,14 @@ def test_nothing_is_read_back_where_that_would_wait_for_a_device(packed: bool, l
     scoring = Scoring("residual" if loss == "target" else "head", "rms", 2, 1.0, 0.5, empty(1, dtype=torch.int64))
     results = torch_scored_attention.scored_attention_forward(problem, scoring)
     for name, result, promised in zip(results._fields, results, empty_results(problem, scoring), strict=True):
-        assert (result.shape, result.dtype, result.stride()) == (promised.shape, promised.dtype, promised.stride()), name
+        assert (result.shape, result.dtype, result.stride()) == (promised.shape, promised.dtype, promised.stride()), (
+            name
+        )
     saved = Saved(results.output, results.logsumexp, results.pooled, results.logit_gradient)
     wanted = [True] * 3 + [loss != "target"] * 2
-    torch_scored_attention.scored_attention_backward(problem, saved, Gradients(None, results.losses, None, None), wanted)
+    torch_scored_attention.scored_attention_backward(
+        problem, saved, Gradients(None, results.losses, None, None), wanted
+    )
 
 
 class LargestTensor(TorchDispatchMode):
@@ -156,7 +164,9 @@ def test_only_the_pooled_row_is_computed_where_nothing_else_is_asked_for() -> No
     with LargestTensor() as largest:
         out = scored_attention(query, key, value, readout=readout, is_causal=True, softcap=5.0, return_output=False)
         out.losses.sum().backward()
-    assert 0 < largest.bytes <= query.numel() * 4  # nothing larger than the gradients, far below 2,048 rows of 2,048 keys
+    assert (
+        0 < largest.bytes <= query.numel() * 4
+    )  # nothing larger than the gradients, far below 2,048 rows of 2,048 keys
 
 
 def test_a_frozen_body_trains_the_readout_alone() -> None:
@@ -222,7 +232,9 @@ def test_errors_stay_within_those_of_pytorch_in_the_same_dtype(
     float32 = 8 * torch.finfo(torch.float32).eps
     assert ((out.scores.double() - exact.scores).abs() <= budget * entries + float32 * exact.scores).all()
     # And losses are half its square.
-    assert ((out.losses.double() - exact.losses).abs() <= exact.scores * budget * entries + float32 * exact.losses).all()
+    assert (
+        (out.losses.double() - exact.losses).abs() <= exact.scores * budget * entries + float32 * exact.losses
+    ).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -232,7 +244,9 @@ def test_readout_errs_by_the_rounding_of_its_features(dtype: torch.dtype, bias: 
     weight, offset = torch.randn(10, 32).to(dtype), torch.randn(10).to(dtype) if bias else None
     labels = torch.randint(10, (8,))
     exact_readout = Readout(weight.double(), labels, None if offset is None else offset.double())
-    exact = reference.scored_attention(query.double(), key.double(), value.double(), readout=exact_readout, score="head")
+    exact = reference.scored_attention(
+        query.double(), key.double(), value.double(), readout=exact_readout, score="head"
+    )
     out = scored_attention(query, key, value, readout=Readout(weight, labels, offset), score="head")
     assert out.logits.dtype == out.pooled.dtype == dtype and out.scores.dtype == torch.float32
     u = torch.finfo(dtype).eps / 2  # of one rounding to nearest
@@ -317,7 +331,9 @@ def test_op_passes_torchs_own_checks(packed: bool, loss: str, rows: str, require
 def test_compiles_to_one_graph_forward_and_backward(packed: bool) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")  # inductor calls the same op, and takes seconds to do so
-    query, key, value, _, weight, bias, labels, lengths_q, lengths_k, cu_q, cu_k, *_ = op_arguments(packed, "mean", "all")
+    query, key, value, _, weight, bias, labels, lengths_q, lengths_k, cu_q, cu_k, *_ = op_arguments(
+        packed, "mean", "all"
+    )
 
     def step(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         out = scored_attention(

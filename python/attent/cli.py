@@ -66,7 +66,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     demo.add_argument("--ratio", type=float, default=usual.ratio, metavar="R", help="attent's keep ratio")
     demo.add_argument("--out", type=Path, default=usual.out, metavar="PNG", help="where the picture goes")
     demo.add_argument("--json", type=Path, metavar="FILE", help="write every run, interval and setting to FILE")
-    demo.add_argument("--threads", type=int, metavar="N", help="torch's threads (else as torch is set)")
+    demo.add_argument("--threads", type=int, default=usual.threads, metavar="N", help="torch's threads")
 
 
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

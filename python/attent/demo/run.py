@@ -129,10 +129,10 @@ def _introduction(settings: Settings, images: Images) -> Iterator[str]:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """torch's threads set to ``count`` for a while; None leaves them."""
+def _threads(count: int) -> Iterator[None]:
+    """torch's threads set to ``count`` for a while."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

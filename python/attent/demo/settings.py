@@ -19,15 +19,15 @@ class Settings:
     ratio: float = 0.3
     out: Path = Path("demo.png")
     json: Path | None = None
-    threads: int | None = None  # None: as torch is set
+    #: The learner's operations are so small that a second thread gains little, and waits for a busy core cost much more.
+    threads: int = 1
 
     def check(self) -> None:
         """Refuse values that no run can use, before any time is spent."""
         check_int("--seeds", self.seeds, low=1)
         check_int("--epochs", self.epochs, low=2, why="a full one for the first scores, then those that attent reduces")
         check_number("--ratio", self.ratio, low=0, high=1, open_low=True)
-        if self.threads is not None:
-            check_int("--threads", self.threads, low=1)
+        check_int("--threads", self.threads, low=1)
         if self.out.suffix.lower() != ".png":
             refuse("--out", repr(str(self.out)), "a path that ends in .png")
         for argument, path in (("--out", self.out), ("--json", self.json)):

@@ -10,7 +10,7 @@ from torch import Tensor
 from .key_ranges import key_ranges
 from .scored_attention_op import Problem
 from .tokens import segment_sum
-from .torch_attention import Attention, empty_rows_first, on_cpu, working_dtype
+from .torch_attention import Attention, as_dtype, empty_rows_first, on_cpu, working_dtype
 
 
 class Batch(NamedTuple):
@@ -30,12 +30,12 @@ class Batch(NamedTuple):
 
     def from_rows(self, rows: Tensor) -> Tensor:
         """[B, H, R, D] as callers know it: in their dtype, and packed [R, H, D]."""
-        rows = rows.to(self.dtype)
+        rows = as_dtype(rows, self.dtype)
         return rows if self.offsets is None else rows[0].transpose(0, 1)
 
     def to_rows(self, tensor: Tensor) -> Tensor:
         """The way back."""
-        tensor = tensor.to(self.counts.dtype)
+        tensor = as_dtype(tensor, self.counts.dtype)
         return tensor if self.offsets is None else tensor.transpose(0, 1)[None]
 
     def inside(self) -> Tensor | None:
@@ -73,12 +73,12 @@ class Batch(NamedTuple):
             pooled = output.sum(2).flatten(1) / self.counts.clamp(min=1)[:, None]
         else:
             pooled = output.mean(2).flatten(1)
-        return pooled.to(self.dtype)
+        return as_dtype(pooled, self.dtype)
 
     def unpool(self, grad_pooled: Tensor, width: int) -> Tensor:
         """The gradient of :meth:`pool`: [B, H * Dv] handed back to the rows [B, H, R, Dv]."""
         _, heads, rows, _ = self.query.shape
-        grad = grad_pooled.to(self.counts.dtype).unflatten(1, (heads, width))  # [B, H, Dv]
+        grad = as_dtype(grad_pooled, self.counts.dtype).unflatten(1, (heads, width))  # [B, H, Dv]
         if self.row is not None:
             return self._to_pooled_rows(grad, self.query.shape[2], self.is_only_row)
         grad = grad / (rows if self.valid is None else self.counts.clamp(min=1)[:, None, None])
@@ -95,12 +95,14 @@ class Batch(NamedTuple):
         if rows == 0:
             return output.new_zeros(len(self.counts), heads * width)
         if self.offsets is None:
-            of_each = output[:, :, 0] if self.is_only_row else output[torch.arange(batch, device=output.device), :, self.row]
-            return of_each.flatten(1).clone()
-        of_each = output[0].transpose(0, 1)
-        pooled = (of_each if self.is_only_row else of_each[self._row_among(rows)]).flatten(1)
+            if self.is_only_row:
+                return output[:, :, 0].flatten(1).clone()
+            return output[torch.arange(batch, device=output.device), :, self.row].flatten(1)
+        pooled = output[0].transpose(0, 1)  # [R, H, Dv]
+        if not self.is_only_row:
+            pooled = pooled[self._row_among(rows)]
         assert self.valid is not None
-        return pooled.where(self.valid[:, None], 0)  # without a query of its own, the row is a neighbour's
+        return pooled.flatten(1).where(self.valid[:, None], 0)  # without a query of its own, the row is a neighbour's
 
     def _to_pooled_rows(self, grad: Tensor, rows: int, is_only_row: bool) -> Tensor:
         """[B, H, D] put to each example's pooled row among ``rows`` rows of zeros: [B, H, R, D]."""
@@ -131,7 +133,7 @@ def as_batch(problem: Problem) -> Batch:
 
 def _padded(problem: Problem) -> Batch:
     dtype = working_dtype(problem.query)
-    query, key, value = problem.query.to(dtype), problem.key.to(dtype), problem.value.to(dtype)
+    query, key, value = (as_dtype(x, dtype) for x in (problem.query, problem.key, problem.value))
     batch, _, queries, _ = query.shape
     keys = key.shape[2]
     query_lengths = _lengths(problem.query_lengths, queries)
@@ -181,7 +183,7 @@ def _padded(problem: Problem) -> Batch:
 def _packed(problem: Problem) -> Batch:
     assert problem.cu_seqlens_q is not None and problem.cu_seqlens_k is not None
     dtype = working_dtype(problem.query)
-    query, key, value = (x.to(dtype).transpose(0, 1)[None] for x in (problem.query, problem.key, problem.value))
+    query, key, value = (as_dtype(x, dtype).transpose(0, 1)[None] for x in (problem.query, problem.key, problem.value))
     total, device = query.shape[2], query.device
     offsets, key_offsets = _offsets(problem.cu_seqlens_q, total), _offsets(problem.cu_seqlens_k, key.shape[2])
     queries, keys = offsets.diff(), key_offsets.diff()  # [B]

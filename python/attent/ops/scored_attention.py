@@ -239,7 +239,7 @@ def _check_attention(
 ) -> int:
     """Refuse tensors that do not fit together; the number of examples."""
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    like_query = {"dtypes": (query.dtype,), "device": query.device}
+    dtypes, device = (query.dtype,), query.device
     dtype = str(query.dtype).removeprefix("torch.")
     if query.dim() != (3 if packed else 4) or query.shape[1] < 1 or query.shape[-1] < 1:
         layout = (
@@ -251,16 +251,16 @@ def _check_attention(
     width = query.shape[-1]
     if packed:
         takes = f"{dtype} [total_k, Hkv, D={width}] like query"
-        check_tensor("key", key, takes, shape=(None, None, width), **like_query)
+        check_tensor("key", key, takes, shape=(None, None, width), dtypes=dtypes, device=device)
         total_k, kv_heads = key.shape[:2]
         takes = f"{dtype} [total_k={total_k}, Hkv={kv_heads}, Dv] like key"
-        check_tensor("value", value, takes, shape=(total_k, kv_heads, None), **like_query)
+        check_tensor("value", value, takes, shape=(total_k, kv_heads, None), dtypes=dtypes, device=device)
     else:
         takes = f"{dtype} [B={query.shape[0]}, Hkv, Tk, D={width}] like query"
-        check_tensor("key", key, takes, shape=(query.shape[0], None, None, width), **like_query)
+        check_tensor("key", key, takes, shape=(query.shape[0], None, None, width), dtypes=dtypes, device=device)
         _, kv_heads, keys, _ = key.shape
         takes = f"{dtype} [B={query.shape[0]}, Hkv={kv_heads}, Tk={keys}, Dv] like key"
-        check_tensor("value", value, takes, shape=(query.shape[0], kv_heads, keys, None), **like_query)
+        check_tensor("value", value, takes, shape=(query.shape[0], kv_heads, keys, None), dtypes=dtypes, device=device)
     if value.shape[-1] < 1:
         refuse("value", describe(value), "Dv >= 1")
     if not isinstance(enable_gqa, bool):

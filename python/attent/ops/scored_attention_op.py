@@ -50,6 +50,10 @@ class Problem(NamedTuple):
         """B."""
         return self.query.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
 
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """Query, key, value, readout weight and bias: what gradients come back for, in this order."""
+        return self.query, self.key, self.value, self.readout_weight, self.readout_bias
+
 
 class Scoring(NamedTuple):
     """What is scored and chosen, without gradient."""
@@ -99,7 +103,6 @@ FiveTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 _FIELDS = len(Problem._fields)
 _TENSORS = Problem._fields.index("is_causal")  # the fields before it are tensors, or None
-_DIFFERENTIABLE = ("query", "key", "value", "readout_weight", "readout_bias")
 
 
 # ------------------------------------------------------------------------------------------------------------- schema
@@ -189,9 +192,8 @@ def empty_results(problem: Problem, scoring: Scoring) -> Results:
 def empty_gradients(problem: Problem, wanted: list[bool]) -> FiveTensors:
     """Gradients of the right shapes, dtypes and strides, their values not set; those not wanted are empty."""
     gradients = []
-    for name, want in zip(_DIFFERENTIABLE, wanted, strict=True):
-        tensor = getattr(problem, name)
-        if not want:
+    for tensor, want in zip(problem.differentiable(), wanted, strict=True):
+        if not want or tensor is None:
             gradients.append(problem.query.new_empty(0))
         elif tensor.dim() == 4:
             batch, heads, rows, width = tensor.shape
@@ -209,45 +211,56 @@ def empty_gradients(problem: Problem, wanted: list[bool]) -> FiveTensors:
 
 
 class _ScoredAttention(torch.autograd.Function):
+    """Called with the differentiable tensors by name, which autograd then sees, and with the problem that holds them."""
+
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        problem = Problem(*arguments[:_FIELDS])
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        problem: Problem,
+        scoring: Scoring,
+    ) -> tuple[Tensor, ...]:
         forward = _forward if _is_plain_eager(problem) else torch.ops.attent.scored_attention
         with torch._C._AutoDispatchBelowAutograd():
-            results: tuple[Tensor, ...] = forward(*arguments)
-        output, logsumexp, _, logits, pooled, *rest = results
-        empty = [] if problem.target is None else [logits, pooled]
-        empty += [output] if problem.rows == "none" else []
-        ctx.mark_non_differentiable(logsumexp, *rest, *empty)
+            results = Results(*forward(*problem, *scoring))
+        without_gradient = [results.logsumexp, *results[5:]]
+        if problem.rows == "none":
+            without_gradient.append(results.output)
+        if problem.target is not None:
+            without_gradient += [results.logits, results.pooled]
+        ctx.mark_non_differentiable(*without_gradient)
         ctx.set_materialize_grads(False)  # what a loss does not use costs nothing
-        ctx.save_for_backward(*problem[:_TENSORS], output, logsumexp, pooled, rest[0])
+        saved = Saved(results.output, results.logsumexp, results.pooled, results.logit_gradient)
+        ctx.save_for_backward(*problem[:_TENSORS], *saved)
         ctx.options = problem[_TENSORS:]
-        return results
+        return tuple(results)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad
         gradients = Gradients(grads[0], *grads[2:5])
         if all(gradient is None for gradient in gradients):
-            return (None,) * len(needs)
+            return (None,) * 7
         to_readout = gradients.losses is not None or gradients.logits is not None
-        wanted = [needs[0], needs[1], needs[2], needs[4] and to_readout, needs[5] and to_readout]
+        query, key, value, weight, bias, _, _ = ctx.needs_input_grad
+        wanted = [query, key, value, weight and to_readout, bias and to_readout]
         tensors = ctx.saved_tensors
         problem = Problem(*tensors[:_TENSORS], *ctx.options)
         backward = _backward if _is_plain_eager(problem) else torch.ops.attent.scored_attention_backward
         with torch._C._AutoDispatchBelowAutograd():
             five = backward(*problem, *tensors[_TENSORS:], *gradients, wanted)
-        query, key, value, weight, bias = (g if want else None for g, want in zip(five, wanted, strict=True))
-        return query, key, value, None, weight, bias, *(None,) * (len(needs) - 6)  # the target takes no gradient
+        return *(gradient if want else None for gradient, want in zip(five, wanted, strict=True)), None, None
 
 
 def _with_autograd(*arguments: Any) -> tuple[Tensor, ...]:
-    problem = Problem(*arguments[:_FIELDS])
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (getattr(problem, name) for name in _DIFFERENTIABLE)
-    ):
-        results: tuple[Tensor, ...] = _ScoredAttention.apply(*arguments)  # type: ignore[no-untyped-call]
+    problem, scoring = Problem(*arguments[:_FIELDS]), Scoring(*arguments[_FIELDS:])
+    tensors = problem.differentiable()
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        results: tuple[Tensor, ...] = _ScoredAttention.apply(*tensors, problem, scoring)  # type: ignore[no-untyped-call]
         return results
     forward = _forward if _is_plain_eager(problem) else torch.ops.attent.scored_attention
     with torch._C._AutoDispatchBelowAutograd():

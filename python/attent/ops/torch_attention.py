@@ -65,6 +65,11 @@ def working_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, without a call where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def on_cpu(tensor: Tensor) -> bool:
     """Where values can be looked at without waiting for a device, and where PyTorch's CPU kernels run."""
     return tensor.device.type == "cpu"
@@ -225,9 +230,7 @@ def _narrow(tensor: Tensor, width: int) -> Tensor:
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, what: Attention) -> tuple[Tensor, Tensor]:
     width = max(q.shape[3], v.shape[3])
     ready = [_flash_ready(x, width) for x in (q, k, v)]
-    output, logsumexp = _FLASH(
-        *ready, 0.0, what.is_causal, attn_mask=_flash_mask(mask, q.dtype), scale=what.scale
-    )
+    output, logsumexp = _FLASH(*ready, 0.0, what.is_causal, attn_mask=_flash_mask(mask, q.dtype), scale=what.scale)
     return _narrow(output, v.shape[3]), logsumexp
 
 

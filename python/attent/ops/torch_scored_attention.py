@@ -1,7 +1,7 @@
 """Scored attention in PyTorch operations: attention in tiles, then the losses, scores and lesson of its output.
 
 On CPU, packed examples are computed one by one and keys that no row looks at are left out. Elsewhere nothing is read
-back to the host, so packed examples attend under a mask of all keys: right, but total_q x total_k instead of the sum of Lq x Lk.
+back to the host, so packed examples attend under a mask of all keys: right, but total_q × total_k instead of Σ Lq × Lk.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from . import dispatch
 from .attention_batch import Batch, as_batch
 from .scored_attention_op import FiveTensors, Gradients, Problem, Results, Saved, Scoring
-from .torch_attention import attention_backward, attention_forward, on_cpu, working_dtype
+from .torch_attention import as_dtype, attention_backward, attention_forward, on_cpu, working_dtype
 
 
 @dispatch.register("scored_attention", "torch")
@@ -20,60 +20,66 @@ def scored_attention_forward(problem: Problem, scoring: Scoring) -> Results:
     """Output, losses, scores and lesson."""
     batch = as_batch(problem)
     output, logsumexp = attention_forward(batch.query, batch.key, batch.value, batch.attention)
-    query = problem.query
-    logits = pooled = logit_gradient = scores = None
+    dtype, acc = problem.query.dtype, output.dtype
+
+    def empty(dtype: torch.dtype = acc) -> Tensor:
+        return output.new_empty(0, dtype=dtype)
+
+    logits, pooled, logit_gradient, scores = empty(dtype), empty(dtype), empty(), empty()
     if problem.target is not None:
         n = batch.counts.clamp(min=1)
-        square = batch.sum_by_example(_residual(batch, output, problem.target).square_().sum((1, 3)))  # Σ_t ‖f_t − y_t‖²
+        per_row = _residual(batch, output, problem.target).square_().sum((1, 3))
+        square = batch.sum_by_example(per_row)  # Σ_t ‖f_t − y_t‖², [B]
         losses = square / (2 * n)
         if scoring.score == "residual":
-            scores = square.sqrt() * {"mean": 1 / n, "sum": 1, "rms": n.rsqrt()}[scoring.per_example]
+            scores = square.sqrt_()
+            if scoring.per_example != "sum":
+                scores /= n if scoring.per_example == "mean" else n.sqrt_()
     else:
         pooled = batch.pool(output)
         logits = _readout(problem, pooled)
         assert problem.labels is not None
-        losses, logit_gradient = _cross_entropy(logits, problem.labels, batch.valid, bounded=on_cpu(query))
+        losses, logit_gradient = _cross_entropy(logits, problem.labels, batch.valid, bounded=on_cpu(output))
         if scoring.score in ("logit", "head"):  # one token per example: per_example makes no difference
             scores = torch.linalg.vector_norm(logit_gradient, dim=1)
         if scoring.score == "head":  # ‖g hᵀ‖ = ‖g‖ ‖h‖, and with a bias h is one longer
-            square = pooled.to(losses.dtype).square().sum(1)
+            square = as_dtype(pooled, acc).square().sum(1)
             scores *= (square if problem.readout_bias is None else square + 1).sqrt_()
     if scoring.score == "loss":
         scores = losses.clone()  # an op's outputs share no memory
-    if scoring.top_k is not None:
-        chosen = torch.ops.attent.select_top_k(
+    if scoring.top_k is None:
+        chosen, chosen_score, inclusion = empty(torch.int64), empty(), empty()
+    else:
+        chosen, chosen_score, inclusion = torch.ops.attent.select_top_k(
             scores, scoring.top_k, scoring.temperature, scoring.floor, batch.valid, scoring.seed, True, problem.backend
         )
+    if problem.rows == "none":
+        output, logsumexp = empty(dtype), empty()
     else:
-        chosen = (losses.new_empty(0, dtype=torch.int64), losses.new_empty(0), losses.new_empty(0))
-    no_rows = problem.rows == "none"
+        output = batch.from_rows(output)
+        logsumexp = logsumexp if batch.offsets is None else logsumexp[0]
+    logits = as_dtype(logits, dtype)
     return Results(
-        query.new_empty(0) if no_rows else batch.from_rows(output),
-        losses.new_empty(0) if no_rows else logsumexp if batch.offsets is None else logsumexp[0],
-        losses,
-        query.new_empty(0) if logits is None else logits.to(query.dtype),
-        query.new_empty(0) if pooled is None else pooled,
-        losses.new_empty(0) if logit_gradient is None else logit_gradient,
-        losses.new_empty(0) if scores is None else scores,
-        *chosen,
-    )
+        output, logsumexp, losses, logits, pooled, logit_gradient, scores, chosen, chosen_score, inclusion
+    )  # fmt: skip
 
 
 @dispatch.register("scored_attention_backward", "torch")
 def scored_attention_backward(problem: Problem, saved: Saved, grads: Gradients, wanted: list[bool]) -> FiveTensors:
     """Gradients in query, key, value, readout weight and bias: back through the losses, the readout, then attention."""
     batch = as_batch(problem)
+    acc = batch.counts.dtype
     weight, bias = problem.query.new_empty(0), problem.query.new_empty(0)
     grad_pooled = grads.pooled
     if problem.readout_weight is not None and (grads.losses is not None or grads.logits is not None):
         grad_logits = _grad_logits(saved, grads)  # [B, C]
         if wanted[3]:
-            weight = (grad_logits.mT @ saved.pooled.to(grad_logits.dtype)).to(problem.readout_weight.dtype)
+            weight = as_dtype(grad_logits.mT @ as_dtype(saved.pooled, acc), problem.readout_weight.dtype)
         if wanted[4]:
             assert problem.readout_bias is not None
-            bias = grad_logits.sum(0).to(problem.readout_bias.dtype)
+            bias = as_dtype(grad_logits.sum(0), problem.readout_bias.dtype)
         if any(wanted[:3]):
-            through = grad_logits @ problem.readout_weight.to(grad_logits.dtype)
+            through = grad_logits @ as_dtype(problem.readout_weight, acc)
             grad_pooled = through if grad_pooled is None else through + grad_pooled
     if not any(wanted[:3]):  # frozen features: only the readout learns
         query, key, value = (problem.query.new_empty(0) for _ in range(3))
@@ -99,16 +105,16 @@ def scored_attention_backward(problem: Problem, saved: Saved, grads: Gradients, 
 
 
 def _residual(batch: Batch, output: Tensor, target: Tensor) -> Tensor:
-    """f_t - y_t, [B, H, R, Dv] in the working dtype."""
+    """f_t − y_t, [B, H, R, Dv] in the working dtype."""
     return output - batch.to_rows(target)
 
 
 def _readout(problem: Problem, pooled: Tensor) -> Tensor:
     """Logits [B, C] in the working dtype, of features rounded to the inputs' dtype as at any module's boundary."""
     assert problem.readout_weight is not None
-    dtype, bias = working_dtype(pooled), problem.readout_bias
+    acc, bias = working_dtype(pooled), problem.readout_bias
     return torch.nn.functional.linear(
-        pooled.to(dtype), problem.readout_weight.to(dtype), None if bias is None else bias.to(dtype)
+        as_dtype(pooled, acc), as_dtype(problem.readout_weight, acc), None if bias is None else as_dtype(bias, acc)
     )
 
 
@@ -117,7 +123,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor, valid: Tensor | None, *, boun
 
     A label outside [0, C) makes both NaN; where PyTorch itself refuses such a label, labels are ``bounded`` already.
     """
-    labels, outside = labels.long(), None
+    labels, outside = as_dtype(labels, torch.int64), None
     if valid is not None:
         labels = labels.where(valid, 0)
     if not bounded:
@@ -125,7 +131,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor, valid: Tensor | None, *, boun
         labels = labels.clamp(0, logits.shape[1] - 1)
     log_p = logits.log_softmax(1)
     losses = torch.nn.functional.nll_loss(log_p, labels, reduction="none")
-    # p - onehot(y), but its own class as -Σ_{v≠y} p_v: p_y - 1 would cancel where the example is sure.
+    # p − onehot(y), but its own class as −Σ_{v≠y} p_v: p_y − 1 would cancel where the example is sure.
     index = labels[:, None]
     gradient = log_p.exp_().scatter_(1, index, 0)
     gradient.scatter_(1, index, gradient.sum(1, keepdim=True).neg_())
@@ -143,4 +149,4 @@ def _grad_logits(saved: Saved, grads: Gradients) -> Tensor:
         from_losses = saved.logit_gradient * grads.losses[:, None]
         return from_losses if through is None else from_losses + through
     assert through is not None
-    return through.to(saved.logit_gradient.dtype)
+    return as_dtype(through, saved.logit_gradient.dtype)
