@@ -32,8 +32,9 @@ def test_logits_are_the_same_with_and_without_labels(
     out = model(tokens, labels, key_lengths=lengths)
     assert logits.dtype == out.logits.dtype == dtype
     if dtype == torch.bfloat16:
-        # Attention runs in bfloat16 without labels, in float32 with: probabilities and output are rounded, pooled features
-        # move by twice eps of the largest value, logits by that times the L1 norm of a class's weights; and are rounded.
+        # Attention runs in bfloat16 without labels, in float32 with. Probabilities and output are rounded: pooled
+        # features move by twice eps of the largest value, logits by that times the L1 norm of a class's weights, and
+        # by one rounding.
         with torch.no_grad():
             pooled = 2 * float(model.value_proj(tokens).abs().max())
             largest = pooled * float(model.readout.weight.abs().sum(1).max()) + float(logits.abs().max())
@@ -90,6 +91,17 @@ def test_starts_near_the_mean_of_the_tokens_and_the_uniform_prediction() -> None
         mean = model.value_proj(tokens).mean(1)
     cosine = F.cosine_similarity(out.pooled.detach(), mean, dim=1)
     assert 0.5 < float(cosine.mean()) < 1 - 1e-4  # near the mean, and not it
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 32), (2, 0, 32)])
+def test_empty_batches_and_sequences_give_empty_results_and_the_bias(shape: tuple[int, ...]) -> None:
+    model, labels = classifier(), torch.zeros(shape[0], dtype=torch.int64)
+    torch.nn.init.normal_(model.readout.bias)
+    out = model(torch.randn(shape), labels, top_k=0)
+    assert out.losses.shape == out.scores.shape == (shape[0],) and out.selection.index.shape == (0,)
+    for logits in (out.logits, model(torch.randn(shape))):
+        torch.testing.assert_close(logits, model.readout.bias.expand(shape[0], 10))
+    out.losses.sum().backward()
 
 
 def test_its_parameters() -> None:
@@ -173,5 +185,5 @@ def test_an_adapted_readout_is_refused_rather_than_half_used() -> None:
 
     model = classifier()
     model.readout = Adapted(32, 10)
-    with pytest.raises(ValueError, match="^readout: got Adapted; takes "):
+    with pytest.raises(ValueError, match=r"^readout: got Adapted; takes "):
         model(torch.zeros(4, 5, 32), torch.zeros(4).long())

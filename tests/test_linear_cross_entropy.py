@@ -227,6 +227,15 @@ def test_long_examples_take_the_gram_form_over_several_slabs_where_that_is_cheap
     assert taken == {"long Gram"} and min(slabs) > 1
 
 
+def test_examples_of_one_token_take_neither_form_even_where_some_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = torch.randint(12, (40,))
+    target[::3] = -100
+    hidden, weight = torch.randn(40, 6, dtype=torch.float64), torch.randn(12, 6, dtype=torch.float64)
+    taken, _ = record_paths(monkeypatch)
+    assert_equals_reference(Problem(hidden, weight, target, {"linear_bias": weight[:, 0].clone()}))
+    assert taken == set()  # ‖g hᵀ‖ = ‖g‖ ‖h‖, not a product for each example
+
+
 def test_chunks_end_where_rows_no_longer_fit() -> None:
     plan = torch_linear_cross_entropy.plan
     assert [chunk[:2] for chunk in plan(7, 3, None)] == [(0, 3), (3, 6), (6, 7)]

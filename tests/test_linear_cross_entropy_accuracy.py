@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import attent
 from attent import reference
 
-from .linear_cross_entropy_problems import NAMES, Problem, passes_of, small_chunks
+from .linear_cross_entropy_problems import NAMES, Problem, no_looking, passes_of, small_chunks
 
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 BOTH_PASSES = pytest.mark.parametrize("passes", ["native", "PyTorch"])
@@ -235,6 +235,22 @@ def test_a_target_that_is_ruled_out_has_infinite_loss_and_a_finite_gradient(pass
     assert float(losses[0]) == math.inf
     for name in NAMES:
         torch.testing.assert_close(scores[name], right[name])
+
+
+@BOTH_PASSES
+@pytest.mark.parametrize("looking", [True, False])
+def test_what_does_not_count_is_nothing_even_where_its_loss_is_infinite(looking: bool, passes: str) -> None:
+    bias = torch.tensor([-math.inf, 0.0, 0.0, 0.0], dtype=torch.float64)
+    hidden, weight = torch.randn(3, 2, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    target = torch.tensor([[0, 1], [-100, 2], [3, 3]])  # what is ignored is computed, where it is, as class 0
+    class_weight = torch.tensor([0.0, 1.0, 2.0, 1.0], dtype=torch.float64)
+    problem = Problem(hidden, weight, target, {"linear_bias": bias, "weight": class_weight})
+    expected = everything(reference.linear_cross_entropy, problem)
+    assert all(bool(value.isfinite().all()) for value in expected.values())
+    with passes_of(passes), small_chunks(64 << 20) if looking else no_looking():
+        actual = everything(attent.linear_cross_entropy, problem)
+    for name, right in expected.items():
+        torch.testing.assert_close(actual[name], right, rtol=1e-10, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------------ long sums

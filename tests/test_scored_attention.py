@@ -1,9 +1,13 @@
-"""attent.scored_attention: attention, losses, gradient norms and the lesson, against reference.py and autograd in float64."""
+"""attent.scored_attention's numbers: the specification against autograd, the torch backend against the specification.
+
+What the op promises beside its numbers is in test_scored_attention_contract.py.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -83,7 +87,7 @@ def rows_of_examples(query: Tensor, options: dict[str, Any]) -> list[Tensor]:
     if "cu_seqlens_q" in options:
         start = options["cu_seqlens_q"].tolist()
         position = torch.arange(len(query))
-        return [((position >= a) & (position < b)).double() for a, b in zip(start[:-1], start[1:], strict=True)]
+        return [((position >= a) & (position < b)).double() for a, b in pairwise(start)]
     batch, length = query.shape[0], query.shape[2]
     each = options.get("query_lengths", torch.full((batch,), length))
     inside = (torch.arange(length) < each[:, None]).double()

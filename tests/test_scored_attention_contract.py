@@ -112,14 +112,17 @@ def test_nothing_is_read_back_where_that_would_wait_for_a_device(packed: bool, l
     scoring = Scoring("residual" if loss == "target" else "head", "rms", 2, 1.0, 0.5, empty(1, dtype=torch.int64))
     results = torch_scored_attention.scored_attention_forward(problem, scoring)
     for name, result, promised in zip(results._fields, results, empty_results(problem, scoring), strict=True):
-        assert (result.shape, result.dtype, result.stride()) == (promised.shape, promised.dtype, promised.stride()), (
-            name
-        )
+        assert (result.shape, result.dtype) == (promised.shape, promised.dtype), name
+        assert strides_that_matter(result) == strides_that_matter(promised), name
     saved = Saved(results.output, results.logsumexp, results.pooled, results.logit_gradient)
     wanted = [True] * 3 + [loss != "target"] * 2
     torch_scored_attention.scored_attention_backward(
         problem, saved, Gradients(None, results.losses, None, None), wanted
     )
+
+
+def strides_that_matter(tensor: Tensor) -> list[int]:
+    return [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 class LargestTensor(TorchDispatchMode):
@@ -252,7 +255,8 @@ def test_readout_errs_by_the_rounding_of_its_features(dtype: torch.dtype, bias: 
     u = torch.finfo(dtype).eps / 2  # of one rounding to nearest
     float32 = 64 * torch.finfo(torch.float32).eps  # attention in float32: |s| < 8, sums of at most 32 terms
     h_error = u * exact.pooled.norm(dim=1) + float32 * value.double().abs().max() * 32**0.5  # [B], of the vector's norm
-    # z = W h + b, so |δz| <= ‖w_v‖ ‖δh‖; the loss moves by at most 2 max|δz|, g = p - onehot by ‖δz‖ / 2 (Gao, Pavel 2017).
+    # z = W h + b, so |δz| <= ‖w_v‖ ‖δh‖; the loss moves by 2 max|δz| at most, g = p - onehot by ‖δz‖ / 2, as softmax is
+    # 1/2-Lipschitz (Gao, Pavel 2017).
     z_norm = torch.linalg.matrix_norm(weight.double(), ord=2)
     z_error = z_norm * h_error + float32 * exact.logits.abs().amax(1)
     assert ((out.pooled.double() - exact.pooled).norm(dim=1) <= h_error).all()
@@ -296,7 +300,7 @@ def test_autocast_casts_as_for_pytorchs_attention() -> None:
     assert out.scores.dtype == torch.float32
 
 
-# ----------------------------------------------------------------------------------------------------- torch's compilers
+# ---------------------------------------------------------------------------------------------------- torch's compilers
 
 
 def op_arguments(packed: bool, loss: str, rows: str, requires_grad: bool = True) -> tuple[Any, ...]:

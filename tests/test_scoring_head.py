@@ -152,6 +152,18 @@ def test_its_repr_tells_its_options() -> None:
         assert part in text
 
 
+def test_a_model_that_ends_in_it_compiles_to_one_graph() -> None:
+    model = Model(tied=True)
+    model.head = ScoringHead(model.head, weight=torch.linspace(0.5, 2, 7), score="head", shift=True)
+    tokens = torch.randint(7, (2, 5))
+    outcomes = []
+    for function in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        loss, scores = function(tokens, tokens)
+        outcomes.append([loss, scores, *torch.autograd.grad(loss, list(model.parameters()))])
+    for eager, compiled in zip(*outcomes, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
 # ------------------------------------------------------------------------------------------------------------- refused
 
 

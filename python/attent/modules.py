@@ -119,8 +119,8 @@ class ScoringHead(nn.Module):
 class AttentiveClassifier(nn.Module):
     """Pools a sequence by attention with learned queries and classifies the pool; given labels, scores every example.
 
-    Each of ``pool_queries`` learned queries looks at the tokens with every head; the mean of what they see goes through a
-    linear readout. Given labels, losses, scores and the lesson come from one :func:`attent.scored_attention`.
+    Each of ``pool_queries`` learned queries looks at the tokens with every head; the mean of what they see goes through
+    a linear readout. Given labels, losses, scores and the lesson come from one :func:`attent.scored_attention`.
 
     Args:
         embed_dim: width D of the tokens.
@@ -159,7 +159,7 @@ class AttentiveClassifier(nn.Module):
 
     def reset_parameters(self) -> None:
         """Start near the mean of the tokens, with heads that differ, and near the uniform prediction."""
-        nn.init.normal_(self.query, std=1 / math.sqrt(self.query.shape[-1]))  # scores of unit keys: this standard deviation
+        nn.init.normal_(self.query, std=1 / math.sqrt(self.query.shape[-1]))  # and so the scores of keys of variance 1
         nn.init.xavier_uniform_(self.key_proj.weight)
         nn.init.xavier_uniform_(self.value_proj.weight)
         nn.init.zeros_(self.value_proj.bias)
@@ -188,7 +188,7 @@ class AttentiveClassifier(nn.Module):
             score, top_k, temperature, floor, seed, backend: as in :func:`attent.scored_attention`.
 
         Returns:
-            Logits ``[B, C]`` without a target; with one, a :class:`attent.ScoredAttention` without output and logsumexp.
+            Logits ``[B, C]``; with a target, a :class:`attent.ScoredAttention` without output and logsumexp.
 
         Raises:
             ValueError: an argument has the wrong shape, dtype, device or range.
@@ -199,17 +199,28 @@ class AttentiveClassifier(nn.Module):
             "tokens", tokens, takes, shape=(None, None, self.embed_dim), dtypes=dtypes, device=self.query.device
         )
         batch, length, _ = tokens.shape
-        key = self.key_proj(tokens).view(batch, length, self.num_heads, -1).transpose(1, 2)  # [B, H, T, D / H]
-        value = self.value_proj(tokens).view(batch, length, self.num_heads, -1).transpose(1, 2)
+        by_head = (batch, length, self.num_heads, self.embed_dim // self.num_heads)
+        key = self.key_proj(tokens).view(by_head).transpose(1, 2)  # [B, H, T, D / H]
+        value = self.value_proj(tokens).view(by_head).transpose(1, 2)
         query = self.query.to(key.dtype).transpose(0, 1).expand(batch, -1, -1, -1)  # [B, H, pool_queries, D / H]
         if target is None:
             return self._logits(query, key, value, key_lengths)
         if type(self.readout) is not nn.Linear:  # an adapter around it would be left out
             refuse("readout", type(self.readout).__name__, "a plain torch.nn.Linear, whose weight is read")
         return scored_attention(
-            query, key, value, readout=Readout(self.readout.weight, target, self.readout.bias), key_lengths=key_lengths,
-            score=score, top_k=top_k, temperature=temperature, floor=floor, seed=seed, return_output=False, backend=backend,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            readout=Readout(self.readout.weight, target, self.readout.bias),
+            key_lengths=key_lengths,
+            score=score,
+            top_k=top_k,
+            temperature=temperature,
+            floor=floor,
+            seed=seed,
+            return_output=False,
+            backend=backend,
+        )
 
     def _logits(self, query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None) -> Tensor:
         """The same without labels: nothing to score, so PyTorch's own attention will do."""

@@ -28,14 +28,14 @@ class KeyRanges(NamedTuple):
         return self.last > self.first
 
     def span(self, keys: int) -> tuple[int, int, bool]:
-        """First key and end of the keys that any row looks at, and whether all rows look at all of them (a device read)."""
+        """Start and end of the keys that any row looks at, and whether all look at all of them. Reads the device."""
         first_low, first_high = torch.aminmax(self.first)
         last_low, last_high = torch.aminmax(self.last)
         start, stop = max(int(first_low), 0), min(int(last_high), keys)
         return start, stop, int(first_high) <= start and int(last_low) >= stop
 
     def mask(self, start: int, stop: int) -> Tensor:
-        """True where a row may look at a key, for the keys from ``start`` to ``stop``: bool ``[B, 1, T, stop - start]``."""
+        """True where a row may look at a key from ``start`` to ``stop``: bool ``[B, 1, T, stop - start]``."""
         key = torch.arange(start, stop, device=self.first.device)
         mask = (key >= self.first[..., None]) & (key < self.last[..., None])
         return mask[:, None]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import attent_kernels.row_statistics as native
 
+from . import tokens
 from .vocabulary_shards import Shard
 
 
@@ -122,7 +123,7 @@ def exponentials_(z: Tensor, target: Tensor, targets: Targets) -> Statistics:
     z.sub_(maximum[:, None])
     if target.is_floating_point():
         masses = class_masses(target, targets, z.dtype)
-        expected = torch.linalg.vecdot(masses, z.masked_fill(masses == 0, 0))  # 0 times a logit of −inf is 0
+        expected = expected_of_masses(z, masses)
         mass = masses.sum(1)
         normaliser = z.exp_().sum(1)
         log_normaliser = normaliser.log()
@@ -208,6 +209,16 @@ def index_masses(target: Tensor, targets: Targets, dtype: torch.dtype) -> tuple[
     weights = targets.class_weight.to(dtype)
     own, total = weights[target], weights.sum()
     return (1 - smoothing) * own + smoothing / classes * total, smoothing / classes * (total - own)
+
+
+def expected_of_masses(z: Tensor, masses: Tensor) -> Tensor:
+    """Σ_v m_v z_v [C], where 0 times a logit of −inf is 0."""
+    if tokens.may_look(z.device):
+        expected: Tensor = torch.linalg.vecdot(masses, z)
+        if not bool(expected.isnan().any()):  # no need to look for a mass of 0 at each logit
+            return expected
+    finite: Tensor = torch.linalg.vecdot(masses, z.masked_fill(masses == 0, 0))
+    return finite
 
 
 def expected_logit(z: Tensor, own: Tensor, target: Tensor, targets: Targets) -> Tensor:

@@ -1,4 +1,4 @@
-"""``attent.scored_attention``: attention whose forward returns losses, every example's gradient norm, and the lesson."""
+"""``attent.scored_attention``: attention whose forward returns losses, each example's gradient norm, and the lesson."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ READOUT_SCORES = ("logit", "head", "loss")
 class Readout(NamedTuple):
     """A linear classifier on the pooled output of attention, and the labels it is to give.
 
-    ``weight`` ``[C, Hq * Dv]`` and ``bias`` ``[C]`` may be of any floating dtype; ``target`` ``[B]`` holds int32 or int64
-    labels in ``[0, C)``. ``pool``: the ``"mean"`` of an example's rows, the ``"first"`` or the ``"last"`` of them.
+    ``weight`` ``[C, Hq * Dv]`` and ``bias`` ``[C]`` may be of any floating dtype; ``target`` ``[B]`` holds int32 or
+    int64 labels in ``[0, C)``. ``pool``: the ``"mean"`` of an example's rows, the ``"first"`` or the ``"last"`` one.
     """
 
     weight: Tensor
@@ -82,21 +82,21 @@ def scored_attention(
     return_output: bool = True,
     backend: str = "auto",
 ) -> ScoredAttention:
-    """Attention that also returns each example's loss, the norm of that loss's gradient, and the examples to learn from.
+    """Attention that also returns each example's loss, the norm of its gradient, and the examples to learn from.
 
     Query t of an example with Lq queries and Lk keys stands at position ``t + Lk - Lq``: the last query beside the last
     key, as in FlashAttention. Output is ``softmax(s) value`` over the keys a query may look at, where
     ``s = scale · query keyᵀ``, with ``softcap`` c then ``c · tanh(s / c)``.
 
-    ============== =================================================== ===================================================
-    of             ``target``: values that the output should have      ``readout``: a classifier of the pooled output
-    ============== =================================================== ===================================================
-    losses         ``1/Lq · Σ_t ½‖f_t − y_t‖²`` over all heads         cross-entropy of ``W h + b``, h the pooled rows
-    ``"residual"`` ``s · √Σ_t ‖f_t − y_t‖²``                           –
-    ``"logit"``    –                                                   ``‖g‖``, ``g = softmax(W h + b) − onehot``
-    ``"head"``     –                                                   ``‖g‖ · ‖h‖``, with bias ``‖g‖ · √(‖h‖² + 1)``
-    ``"loss"``     the loss                                            the loss
-    ============== =================================================== ===================================================
+    ============== =============================================== ===============================================
+    of             ``target``: values that output should have      ``readout``: a classifier of the pooled output
+    ============== =============================================== ===============================================
+    losses         ``1/Lq · Σ_t ½‖f_t − y_t‖²`` over all heads     cross-entropy of ``W h + b``, h the pooled rows
+    ``"residual"`` ``s · √Σ_t ‖f_t − y_t‖²``                       –
+    ``"logit"``    –                                               ``‖g‖``, ``g = softmax(W h + b) − onehot``
+    ``"head"``     –                                               ``‖g‖ · ‖h‖``, with bias ``‖g‖ · √(‖h‖² + 1)``
+    ``"loss"``     the loss                                        the loss
+    ============== =============================================== ===============================================
 
     An example is invalid if it has no query: loss 0, score 0, pooled 0, and chosen after every valid one. A query
     without a key to look at has output 0 and logsumexp -inf, and otherwise counts like any other.
@@ -127,21 +127,21 @@ def scored_attention(
         backend: ``"auto"`` or a name in :func:`attent.backends`.
 
     Returns:
-        :class:`ScoredAttention`: ``output`` ``[B, Hq, Tq, Dv]`` (stored as ``[B, Tq, Hq, Dv]``) or ``[total_q, Hq, Dv]``,
-        ``logits`` ``[B, C]`` and ``pooled`` ``[B, Hq * Dv]``, in the query's dtype; ``logsumexp`` ``[B, Hq, Tq]`` or
-        ``[Hq, total_q]`` (natural logarithm), ``losses`` ``[B]`` and ``scores`` ``[B]`` in float32, float64 for float64
-        inputs; ``selection`` :class:`attent.Selection`. Output, losses, logits and pooled are differentiable (once) in
-        query, key, value and the readout's weight and bias; the others carry no gradient.
+        :class:`ScoredAttention`. In the query's dtype: ``output`` ``[B, Hq, Tq, Dv]`` (stored as ``[B, Tq, Hq, Dv]``)
+        or ``[total_q, Hq, Dv]``, ``logits`` ``[B, C]``, ``pooled`` ``[B, Hq * Dv]``. In float32 (float64 for float64
+        inputs): ``logsumexp`` ``[B, Hq, Tq]`` or ``[Hq, total_q]`` (natural logarithm), ``losses`` ``[B]``, ``scores``
+        ``[B]``. ``selection``: :class:`attent.Selection`. Output, losses, logits and pooled are differentiable (once)
+        in query, key, value and the readout's weight and bias; the others carry no gradient.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or range. Labels, lengths and cu_seqlens are read on
-            CPU, elsewhere only under ``ATTENT_CHECK=1``; without it, a label outside ``[0, C)`` makes that example's loss
-            and score NaN, and lengths and cu_seqlens are clamped.
+            CPU, elsewhere only under ``ATTENT_CHECK=1``; without it, a label outside ``[0, C)`` makes that example's
+            loss and score NaN, and lengths and cu_seqlens are clamped.
 
     Under autocast, query, key and value are cast as ``scaled_dot_product_attention`` casts them.
 
-    Source: Dao et al. 2022, "FlashAttention"; the scores are AtteNT's functional gradient (arXiv 2602.20461), EL2N (Paul et
-    al. 2021) for a readout, and the norm of the readout's own parameter gradient (``"head"``).
+    Source: Dao et al. 2022, "FlashAttention". ``"residual"`` and ``"logit"`` are AtteNT's functional gradient (arXiv
+    2602.20461), the latter also EL2N (Paul et al. 2021); ``"head"`` is the norm of the readout's parameter gradient.
 
     >>> query, key, value = torch.randn(3, 4, 2, 5, 8).unbind(0)
     >>> readout = attent.Readout(torch.randn(10, 16), target=torch.tensor([3, 1, 4, 1]))

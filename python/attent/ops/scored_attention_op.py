@@ -1,13 +1,13 @@
 """The op behind :func:`attent.scored_attention`: one schema returns everything, so that one launch may compute it.
 
-Its arguments travel as two records, :class:`Problem` and :class:`Scoring`, in the order of the schema. A backend is a pair of
-functions registered with :mod:`.dispatch` under the names ``scored_attention`` and ``scored_attention_backward``::
+Its arguments travel as two records, :class:`Problem` and :class:`Scoring`, in the order of the schema. A backend is a
+pair of functions, registered with :mod:`.dispatch` as ``scored_attention`` and ``scored_attention_backward``::
 
     forward(problem, scoring) -> Results
     backward(problem, saved, gradients, wanted) -> gradients in query, key, value, readout weight, readout bias
 
-What was not asked for is an empty tensor: an op's schema cannot leave an output out. Lengths, cu_seqlens and labels come
-unread where reading them would wait for a device: a backend has to clamp them.
+What was not asked for is an empty tensor: an op's schema cannot leave an output out. Lengths, cu_seqlens and labels
+come unread where reading them would wait for a device: a backend has to clamp them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from .torch_attention import empty_rows_first, working_dtype
 
 
 class Problem(NamedTuple):
-    """What is computed and differentiated. Padded: query [B, Hq, Tq, D]; packed, with both cu_seqlens: [total_q, Hq, D]."""
+    """What is computed and differentiated, of padded examples or, with both cu_seqlens, of packed ones."""
 
-    query: Tensor
+    query: Tensor  # [B, Hq, Tq, D] | [total_q, Hq, D]
     key: Tensor  # [B, Hkv, Tk, D] | [total_k, Hkv, D]
     value: Tensor  # [B, Hkv, Tk, Dv] | [total_k, Hkv, Dv]
     target: Tensor | None  # like output
@@ -108,15 +108,16 @@ _TENSORS = Problem._fields.index("is_causal")  # the fields before it are tensor
 # ------------------------------------------------------------------------------------------------------------- schema
 
 _PROBLEM = (
-    "Tensor query, Tensor key, Tensor value, Tensor? target, Tensor? readout_weight, Tensor? readout_bias, Tensor? labels, "
-    "Tensor? query_lengths, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool is_causal, float scale, "
-    "SymInt window_left, SymInt window_right, float? softcap, str pool, str rows, str backend"
+    "Tensor query, Tensor key, Tensor value, Tensor? target, Tensor? readout_weight, Tensor? readout_bias, "
+    "Tensor? labels, Tensor? query_lengths, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "bool is_causal, float scale, SymInt window_left, SymInt window_right, float? softcap, str pool, str rows, "
+    "str backend"
 )
 torch.library.define(
     "attent::scored_attention",
     f"({_PROBLEM}, str? score, str per_example, SymInt? top_k, float temperature, float floor, Tensor? seed) -> ("
-    "Tensor output, Tensor logsumexp, Tensor losses, Tensor logits, Tensor pooled, Tensor logit_gradient, Tensor scores, "
-    "Tensor chosen, Tensor chosen_score, Tensor inclusion)",
+    "Tensor output, Tensor logsumexp, Tensor losses, Tensor logits, Tensor pooled, Tensor logit_gradient, "
+    "Tensor scores, Tensor chosen, Tensor chosen_score, Tensor inclusion)",
 )
 torch.library.define(
     "attent::scored_attention_backward",
@@ -206,12 +207,12 @@ def empty_gradients(problem: Problem, wanted: list[bool]) -> FiveTensors:
 
 # ----------------------------------------------------------------------------------------------------------- autograd
 
-# By hand and not by torch.library.register_autograd: what that puts around a call asks the schema for its arguments once
-# per argument, and each time gets a new list of all of them. For these 25 that took 0.4 ms of a call on a CPU core.
+# By hand and not by torch.library.register_autograd: what that puts around a call asks the schema for its arguments
+# once per argument, and each time gets a new list of all of them. For these 25 that took 0.4 ms a call on a CPU core.
 
 
 class _ScoredAttention(torch.autograd.Function):
-    """Called with the differentiable tensors by name, which autograd then sees, and with the problem that holds them."""
+    """Takes the differentiable tensors one by one, so that autograd sees them, and the problem that holds them."""
 
     @staticmethod
     def forward(

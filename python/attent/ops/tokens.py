@@ -19,6 +19,7 @@ class Tokens(NamedTuple):
     target_rows: Tensor | None  # [N] which row of such a target is a token's; None: its own
     scale: Tensor | None  # [N] factor of a token's loss and gradient: its class weight, 0 masked, NaN for a bad label
     masked: Tensor | None  # [N] True: to be left out, where leaving it out of the list would need a device read
+    single: bool  # no example has more than one token
     offsets: Tensor | None  # [B + 1] int64, first token of each example; None: token i is example i
     tokens_each: int | None  # tokens of every example, if all have the same number
     counts: Tensor  # [B] valid tokens of each example, computed or not
@@ -118,6 +119,7 @@ def list_tokens(
     total = len(hidden)
     soft = target.is_floating_point()
     tokens_each, offsets = _segments(input, cu_seqlens, total)
+    single = tokens_each == 1
 
     valid: Tensor | None = None  # [total]; None: all of them
     target_rows: Tensor | None = None
@@ -187,7 +189,7 @@ def list_tokens(
     elif computed is not None:
         masked = ~computed
         scale = (torch.ones_like(per_token) if scale is None else scale).masked_fill(masked, 0)
-    return Tokens(hidden, labels, target_rows, scale, masked, offsets, tokens_each, counts, denominator, rows)
+    return Tokens(hidden, labels, target_rows, scale, masked, single, offsets, tokens_each, counts, denominator, rows)
 
 
 def _segments(input: Tensor, cu_seqlens: Tensor | None, total: int) -> tuple[int | None, Tensor | None]:

@@ -1,4 +1,4 @@
-"""Attention in tiles of PyTorch operations, forward and backward: output and logsumexp, never a [T, T] over all heads.
+"""Attention in tiles of PyTorch operations, forward and backward, never a [T, T] over all heads and examples.
 
 What computes a tile::
 
@@ -18,13 +18,14 @@ What computes a tile::
     half floats   | no: an approximate exp puts its logsumexp 5e-5    | no
                   | off. They come here as float32                    |
 
-Its public front, ``torch.nn.functional.scaled_dot_product_attention``, runs the same CPU kernel but keeps the logsumexp to
-itself. On other devices tiles are matrix products: right, without host reads, and slower than a fused kernel.
+Its public front, ``torch.nn.functional.scaled_dot_product_attention``, runs the same CPU kernel but keeps the logsumexp
+to itself. On other devices tiles are matrix products: right, without host reads, and slower than a fused kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -44,20 +45,13 @@ if _HAS_FLASH:
 
 
 class Attention(NamedTuple):
-    """What is computed of query [B, H, Tq, D], key [B, Hkv, Tk, D], value [B, Hkv, Tk, Dv]: all float32 or all float64."""
+    """What is computed of query [B, H, Tq, D], key [B, Hkv, Tk, D], value [B, Hkv, Tk, Dv], all float32 or float64."""
 
     scale: float
     softcap: float | None
     is_causal: bool  # among Tq = Tk positions; where that is not so, causality is in the ranges
     ranges: KeyRanges | None  # None: every row looks at every key
     row_starts: Sequence[int] | None = None  # no tile shall cross these rows: where packed examples start
-
-
-class Tile(NamedTuple):
-    examples: slice
-    rows: slice
-    keys: slice
-    mask: Tensor | None  # bool [B, 1, T, keys]; None: all of them
 
 
 def working_dtype(tensor: Tensor) -> torch.dtype:
@@ -88,26 +82,20 @@ def empty_rows_first(like: Tensor, batch: int, heads: int, rows: int, width: int
 
 def attention_forward(query: Tensor, key: Tensor, value: Tensor, what: Attention) -> tuple[Tensor, Tensor]:
     """Output [B, H, Tq, Dv], stored rows first, and logsumexp [B, H, Tq]; 0 and -inf for a row without a key."""
-    heads = query.shape[1]
+    batch, heads, rows, _ = query.shape
     key, value = _repeat_heads(key, heads), _repeat_heads(value, heads)
     flash = _flash_takes(query, what)
     tile_forward = _flash_forward if flash else _products_forward
-    if _is_one_tile(query, key, what, flash):
-        output, logsumexp = tile_forward(query, key, value, None, what)
-        return rows_first(output), logsumexp.contiguous()
-
-    batch, _, rows, _ = query.shape
-    output = empty_rows_first(query, batch, heads, rows, value.shape[3]).zero_()
-    logsumexp = query.new_full((batch, heads, rows), -torch.inf)
-    for tile in _tiles(query, key, what):
-        q, k, v = (
-            query[tile.examples, :, tile.rows],
-            key[tile.examples, :, tile.keys],
-            value[tile.examples, :, tile.keys],
-        )
-        output[tile.examples, :, tile.rows], logsumexp[tile.examples, :, tile.rows] = tile_forward(
-            q, k, v, tile.mask, what
-        )
+    tiles = _tiles(query, key, what, flash)
+    if len(tiles) == 1 and tiles[0].is_all(query, key):
+        output, logsumexp = tile_forward(query, key, value, tiles[0].mask(), what)
+        output, logsumexp = rows_first(output), logsumexp.contiguous()
+    else:
+        output = empty_rows_first(query, batch, heads, rows, value.shape[3]).zero_()
+        logsumexp = query.new_full((batch, heads, rows), -torch.inf)
+        for tile in tiles:
+            at, k, v = tile.of_rows, key[tile.of_keys], value[tile.of_keys]
+            output[at], logsumexp[at] = tile_forward(query[at], k, v, tile.mask(), what)
     if what.ranges is not None:
         logsumexp.masked_fill_(~what.ranges.has_key()[:, None], -torch.inf)
     return output, logsumexp
@@ -116,33 +104,34 @@ def attention_forward(query: Tensor, key: Tensor, value: Tensor, what: Attention
 def attention_backward(
     grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor, what: Attention
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in query, key and value, stored rows first; the probabilities are computed again from the logsumexp."""
+    """Gradients in query, key and value, stored rows first; probabilities are computed again from the logsumexp."""
     heads, kv_heads = query.shape[1], key.shape[1]
     key, value = _repeat_heads(key, heads), _repeat_heads(value, heads)
     flash = _flash_takes(query, what)
     tile_backward = _flash_backward if flash else _products_backward
-    if _is_one_tile(query, key, what, flash):
-        grad_query, grad_key, grad_value = tile_backward(grad_output, query, key, value, output, logsumexp, None, what)
-    else:
+    if what.ranges is not None:
         # A row without a key has logsumexp -inf, and exp(-inf - -inf) is NaN; exp(-inf - inf) is the 0 it should be.
         logsumexp = logsumexp.masked_fill(logsumexp == -torch.inf, torch.inf)
-        grad_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
-        grad_key = torch.zeros(key.shape, dtype=key.dtype, device=key.device)
-        grad_value = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
-        for tile in _tiles(query, key, what):
-            rows, keys = (tile.examples, slice(None), tile.rows), (tile.examples, slice(None), tile.keys)
-            grad_query[rows], to_keys, to_values = tile_backward(
-                grad_output[rows], query[rows], key[keys], value[keys], output[rows], logsumexp[rows], tile.mask, what
+    tiles = _tiles(query, key, what, flash)
+    if len(tiles) == 1 and tiles[0].is_all(query, key):
+        grad_query, grad_key, grad_value = tile_backward(
+            grad_output, query, key, value, output, logsumexp, tiles[0].mask(), what
+        )
+    else:
+        grad_query, grad_key, grad_value = (
+            torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
+        )
+        for tile in tiles:
+            at, k, v = tile.of_rows, key[tile.of_keys], value[tile.of_keys]
+            grad_query[at], to_keys, to_values = tile_backward(
+                grad_output[at], query[at], k, v, output[at], logsumexp[at], tile.mask(), what
             )
-            grad_key[keys] += to_keys
-            grad_value[keys] += to_values
+            grad_key[tile.of_keys] += to_keys
+            grad_value[tile.of_keys] += to_values
     if kv_heads != heads:
         grad_key = grad_key.unflatten(1, (kv_heads, heads // kv_heads)).sum(2)
         grad_value = grad_value.unflatten(1, (kv_heads, heads // kv_heads)).sum(2)
     return rows_first(grad_query), rows_first(grad_key), rows_first(grad_value)
-
-
-# ------------------------------------------------------------------------------------------------------------ tiles
 
 
 def _repeat_heads(tensor: Tensor, heads: int) -> Tensor:
@@ -157,59 +146,75 @@ def _flash_takes(query: Tensor, what: Attention) -> bool:
     return on_cpu(query) and what.softcap is None and _HAS_FLASH
 
 
-def _is_one_tile(query: Tensor, key: Tensor, what: Attention, flash: bool) -> bool:
-    """Nothing to mask but what flash attention masks itself, nothing empty, and small enough."""
-    if what.ranges is not None or query.numel() == 0 or key.numel() == 0:
-        return False
-    return flash or (not what.is_causal and _score_bytes(query, key) <= TILE_BYTES)
+# -------------------------------------------------------------------------------------------------------------- tiles
 
 
-def _score_bytes(query: Tensor, key: Tensor) -> int:
-    """Bytes of all attention scores."""
-    batch, heads, rows, _ = query.shape
-    return batch * heads * rows * key.shape[2] * query.element_size()
+class Tile(NamedTuple):
+    """Some rows of some examples, and the keys that they look at."""
+
+    examples: slice
+    rows: slice
+    keys: slice
+    ranges: KeyRanges | None  # of these rows; None: they look at all of these keys
+
+    @property
+    def of_rows(self) -> tuple[slice, slice, slice]:
+        return self.examples, slice(None), self.rows
+
+    @property
+    def of_keys(self) -> tuple[slice, slice, slice]:
+        return self.examples, slice(None), self.keys
+
+    def mask(self) -> Tensor | None:
+        return None if self.ranges is None else self.ranges.mask(self.keys.start, self.keys.stop)
+
+    def is_all(self, query: Tensor, key: Tensor) -> bool:
+        parts = (self.examples, self.rows, self.keys)
+        return parts == (slice(0, query.shape[0]), slice(0, query.shape[2]), slice(0, key.shape[2]))
 
 
-def _tiles(query: Tensor, key: Tensor, what: Attention) -> Iterator[Tile]:
-    """Cut the work so that a tile's largest matrix stays within TILE_BYTES; on CPU leave out keys that no row looks at."""
+def _tiles(query: Tensor, key: Tensor, what: Attention, flash: bool) -> list[Tile]:
+    """Cut the work so that a tile's largest matrix stays within TILE_BYTES; none of them is empty."""
     batch, heads, rows, _ = query.shape
     keys = key.shape[2]
     if query.numel() == 0 or key.numel() == 0:
-        return
+        return []
     look = on_cpu(query)
     ranges = what.ranges
-    if ranges is None and what.is_causal:
+    if ranges is None and what.is_causal and not flash:
         last = torch.arange(1, rows + 1, device=query.device)[None]
         ranges = KeyRanges(torch.zeros_like(last), last)
     each_row_masked = ranges is not None and ranges.first.shape[1] > 1
     # The largest matrix: the scores of all heads, or, where flash attention keeps those to itself, the mask of any.
-    if _flash_takes(query, what):
-        row_bytes = keys * query.element_size()
-        tile_rows = max(1, TILE_BYTES // row_bytes) if each_row_masked else rows
-        matrix_bytes = row_bytes * (tile_rows if each_row_masked else 1)
-    else:
-        row_bytes = keys * heads * query.element_size()
+    row_bytes = keys * query.element_size() * (1 if flash else heads)
+    tile_rows, tile_examples = rows, batch
+    if each_row_masked or not flash:
         tile_rows = max(1, min(rows, TILE_BYTES // row_bytes))
-        matrix_bytes = row_bytes * tile_rows
+        tile_examples = max(1, TILE_BYTES // (row_bytes * tile_rows))
+    elif ranges is not None:  # a mask of one row for all
+        tile_examples = max(1, TILE_BYTES // row_bytes)
     if look and each_row_masked:
         tile_rows = min(tile_rows, CPU_TILE_ROWS)
-    tile_examples = max(1, TILE_BYTES // matrix_bytes)
     starts = [0, rows] if what.row_starts is None else what.row_starts
+
+    tiles = []
     for example in range(0, batch, tile_examples):
         examples = slice(example, min(example + tile_examples, batch))
-        for start, stop in zip(starts[:-1], starts[1:], strict=True):
+        for start, stop in pairwise(starts):
             for row in range(start, stop, tile_rows):
                 part = slice(row, min(row + tile_rows, stop))
                 if ranges is None:
-                    yield Tile(examples, part, slice(0, keys), None)
+                    tiles.append(Tile(examples, part, slice(0, keys), None))
                     continue
                 here = ranges.part(examples, part)
+                # On CPU, leave out the keys that no row looks at, and the mask where every row looks at all others.
                 low, high, unmasked = here.span(keys) if look else (0, keys, False)
                 if low < high:
-                    yield Tile(examples, part, slice(low, high), None if unmasked else here.mask(low, high))
+                    tiles.append(Tile(examples, part, slice(low, high), None if unmasked else here))
+    return tiles
 
 
-# ------------------------------------------------------------------------------- a tile by PyTorch's CPU flash attention
+# ------------------------------------------------------------------------------ a tile by PyTorch's CPU flash attention
 
 
 def _flash_ready(tensor: Tensor, width: int) -> Tensor:
@@ -246,7 +251,7 @@ def _flash_backward(
     return _narrow(grad_q, q.shape[3]), _narrow(grad_k, k.shape[3]), _narrow(grad_v, v.shape[3])
 
 
-# ------------------------------------------------------------------------------------------ a tile by matrix products
+# ----------------------------------------------------------------------------------------- a tile by matrix products
 
 
 def _capped_scores(q: Tensor, k: Tensor, mask: Tensor | None, what: Attention) -> tuple[Tensor, Tensor | None]:

@@ -159,17 +159,18 @@ def run(tokens: Tokens, problem: Problem, upstream: Tensor | None) -> Result:
     n, batch, width = tokens.length, len(tokens.counts), tokens.hidden.shape[1]
     classes = shard.classes if weight is None or problem.prediction is not None else len(weight)
     dtype, device = tokens.counts.dtype, tokens.hidden.device
-    one_each = tokens.offsets is None
     wanted = set(problem.score)
-    whole_examples = "head" in wanted and not one_each
+    whole_examples = "head" in wanted and not tokens.single
 
     def per_token() -> Tensor:
         return torch.empty(n, dtype=dtype, device=device)
 
     losses = per_token()
-    of_logit = per_token() if "logit" in wanted or ("head" in wanted and one_each) else None
+    of_logit = per_token() if "logit" in wanted or ("head" in wanted and tokens.single) else None
     of_hidden = per_token() if "hidden" in wanted else None
-    of_head = torch.zeros(batch, dtype=dtype, device=device) if "head" in wanted else None
+    of_head = None
+    if "head" in wanted:
+        of_head = per_token() if tokens.single else torch.zeros(batch, dtype=dtype, device=device)
     kept = torch.empty(n, 3, dtype=dtype, device=device) if whole_examples else None
     gradients = Gradients(tokens, problem, upstream)
     need_gradient = gradients.wanted or of_hidden is not None or whole_examples
@@ -192,7 +193,7 @@ def run(tokens: Tokens, problem: Problem, upstream: Tensor | None) -> Result:
             passes.gradient_(z, target, statistics)
         if of_logit is not None:
             of_logit[a:b] = scaled(shard.sum_(square_norms(z)) if square is None else square, scale, power=2)
-            if of_head is not None and one_each:  # one token: ‖g hᵀ‖ = ‖g‖ ‖h‖
+            if of_head is not None and tokens.single:  # one token: ‖g hᵀ‖ = ‖g‖ ‖h‖
                 hidden = tokens.part(tokens.hidden, a, b)
                 of_head[a:b] = of_logit[a:b] * (square_norms(hidden.to(dtype)) + (bias is not None))
         if not need_gradient:
@@ -227,7 +228,7 @@ def scaled(values: Tensor, scale: Tensor | None, power: int = 1) -> Tensor:
 
 
 def combine(tokens: Tokens, problem: Problem, losses: Tensor, squares: dict[str, Tensor | None]) -> Tensor:
-    """The named scores [S, B] from what was summed per token ("logit", "hidden") or per example ("head")."""
+    """The named scores [S, B] from squares per token; of "head", per example unless each has one token at most."""
     if not problem.score:
         return losses.new_empty(0, len(tokens.counts))
     n = tokens.counts.clamp(min=1)
@@ -239,7 +240,7 @@ def combine(tokens: Tokens, problem: Problem, losses: Tensor, squares: dict[str,
             continue
         square = squares[name]
         assert square is not None
-        if name != "head":
+        if name != "head" or tokens.single:
             square = tokens.by_example(square)
         scores.append(square.sqrt() * scale)
     return torch.stack(scores)
