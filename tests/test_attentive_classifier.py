@@ -139,6 +139,23 @@ def test_compiles_to_one_graph() -> None:
     )
 
 
+def test_one_pass_trains_it_on_the_chosen_rows_of_its_own_lesson() -> None:
+    model, tokens, labels = classifier(pool_queries=2).double(), torch.randn(12, 7, 32).double(), torch.arange(12) % 10
+    lengths = torch.arange(12) % 7 + 1
+
+    def per_example_loss(tokens: Tensor, labels: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        out = model(tokens, labels, key_lengths=lengths, score="head")
+        return out.losses, out.scores
+
+    step = attent.OnePass(per_example_loss, engine="eager")
+    losses, scores = step(tokens, labels, lengths)
+    chosen = attent.select_top_k(scores, 5).index
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(step.loss(losses, chosen), parameters)
+    expected = model(tokens[chosen], labels[chosen], key_lengths=lengths[chosen]).losses.mean()
+    torch.testing.assert_close(found, torch.autograd.grad(expected, parameters))
+
+
 @pytest.mark.parametrize(
     ("argument", "numbers"),
     [

@@ -19,7 +19,7 @@ class Settings:
     ratio: float = 0.3
     out: Path = Path("demo.png")
     json: Path | None = None
-    #: The learner's operations are so small that a second thread gains little, and waits for a busy core cost much more.
+    #: The learner's operations are so small that a second thread gains little; waiting for a busy core costs far more.
     threads: int = 1
 
     def check(self) -> None:

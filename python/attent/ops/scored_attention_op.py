@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import dispatch
 from .torch_attention import empty_rows_first, working_dtype
@@ -251,7 +250,7 @@ class _ScoredAttention(torch.autograd.Function):
         wanted = [query, key, value, weight and to_readout, bias and to_readout]
         tensors = ctx.saved_tensors
         problem = Problem(*tensors[:_TENSORS], *ctx.options)
-        backward = _backward if _is_plain_eager(problem) else torch.ops.attent.scored_attention_backward
+        backward = _backward if _is_plain_eager(problem, gradients) else torch.ops.attent.scored_attention_backward
         with torch._C._AutoDispatchBelowAutograd():
             five = backward(*problem, *tensors[_TENSORS:], *gradients, wanted)
         return *(gradient if want else None for gradient, want in zip(five, wanted, strict=True)), None, None
@@ -275,13 +274,14 @@ def run(problem: Problem, scoring: Scoring) -> Results:
     return Results(*call(*problem, *scoring))
 
 
-def _is_plain_eager(problem: Problem) -> bool:
+def _is_plain_eager(problem: Problem, gradients: Gradients | None = None) -> bool:
     """No compiler, no mode, no transform and no tensor subclass wants to see the op."""
+    tensors = problem[:_TENSORS] if gradients is None else (*problem[:_TENSORS], *gradients)
     return (
         not torch.compiler.is_compiling()
-        and not is_in_torch_dispatch_mode()
+        and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
-        and all(type(tensor) in _PLAIN for tensor in problem[:_TENSORS])
+        and all(type(tensor) in _PLAIN for tensor in tensors)
     )
 
 
