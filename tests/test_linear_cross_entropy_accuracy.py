@@ -83,18 +83,20 @@ def test_only_the_logits_are_rounded_to_half_precision(dtype: torch.dtype) -> No
 
 
 def test_float16_gradients_are_scaled_before_they_are_rounded() -> None:
-    # A loss scaler multiplies the loss so that gradients of 1e-7 do not vanish in float16: they must not have vanished
-    # before they meet the factor.
-    hidden, weight = torch.randn(4096, 16).half(), torch.randn(50, 16).half()
-    target = torch.randint(50, (4096,))
-    scale = 2.0**14
+    # A loss scaler multiplies the loss so that small gradients keep their digits in float16, where numbers below 6e-5
+    # have fewer and those below 6e-8 none: they must not be rounded before they meet the factor.
+    tokens, scale = 2**18, 2.0**14
+    hidden, weight, target = torch.randn(tokens, 4).half(), torch.randn(8, 4).half(), torch.randint(8, (tokens,))
+
+    def usual(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(hidden, weight).float(), target)
 
     def gradients(loss_of: Any, *leaves: Tensor) -> tuple[Tensor, ...]:
         leaves = tuple(leaf.detach().clone().requires_grad_() for leaf in leaves)
         return torch.autograd.grad(loss_of(*leaves, target) * scale, leaves)
 
     truth = gradients(reference.linear_cross_entropy, hidden.double(), weight.double())
-    plain = gradients(reference.linear_cross_entropy, hidden, weight)
+    plain = gradients(usual, hidden, weight)
     actual = gradients(attent.linear_cross_entropy, hidden, weight)
     for right, other, mine in zip(truth, plain, actual, strict=True):
         assert error(mine, right) <= 2 * error(other, right) + UNIT[torch.float16]

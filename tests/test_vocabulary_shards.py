@@ -182,6 +182,19 @@ def test_a_group_of_one_rank_holds_the_whole_vocabulary(group: dist.ProcessGroup
         )
 
 
+@pytest.mark.parametrize("rank", range(3))
+def test_a_rank_finds_out_where_its_classes_begin(group: dist.ProcessGroup, rank: int) -> None:
+    sizes = [2, 1, 4]
+
+    def all_reduce(values: Tensor, group: dist.ProcessGroup) -> None:
+        assert values.tolist() == [size if i == rank else 0 for i, size in enumerate(sizes)]
+        values.copy_(torch.tensor(sizes))
+
+    with mock.patch.multiple(dist, get_world_size=lambda _: 3, get_rank=lambda _: rank, all_reduce=all_reduce):
+        shard = find_shard(torch.empty(sizes[rank], 5), group.group_name)
+        assert (shard.first, shard.classes, shard.ranks) == (sum(sizes[:rank]), 7, 3)
+
+
 def run_rank(rank: int, sizes: tuple[int, ...], file: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=len(sizes))

@@ -53,9 +53,9 @@ class Batch(NamedTuple):
 
     def to_each_row(self, per_example: Tensor) -> Tensor:
         """Numbers of examples [B] handed to each one's rows: [B, 1, 1, 1], packed [1, 1, R, 1]."""
-        return (
-            per_example[:, None, None, None] if self.example is None else per_example[self.example][None, None, :, None]
-        )
+        if self.example is None:
+            return per_example[:, None, None, None]
+        return per_example[self.example][None, None, :, None]
 
     def blank(self, rows: Tensor) -> Tensor:
         """[B, H, R, D] with 0 in the rows that are no query of their example."""
@@ -154,11 +154,9 @@ def _padded(problem: Problem) -> Batch:
         query = query[torch.arange(batch, device=query.device), :, row][:, :, None]
 
     windowed = problem.window_left >= 0 or problem.window_right >= 0
-    square = queries == keys and not is_only_row and problem.scale > 0  # for flash attention's own causal mask
-    ranges, is_causal = (
-        None,
-        problem.is_causal and queries > 1,
-    )  # a single query stands beside the last key: it sees all
+    square = queries == keys and not is_only_row and problem.scale > 0  # as flash attention's own causal mask needs it
+    is_causal = problem.is_causal and queries > 1  # a single query stands beside the last key: it sees them all
+    ranges = None
     if query_lengths is not None or key_lengths is not None or windowed or (is_causal and not square):
         if is_only_row:
             assert row is not None

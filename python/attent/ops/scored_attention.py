@@ -162,9 +162,7 @@ def scored_attention(
     window_left, window_right = _check_window(window)
     if (target is None) == (readout is None):
         refuse(
-            "target",
-            "both target and readout" if readout is not None else "None, and no readout",
-            "exactly one of the two",
+            "target", "no readout either" if target is None else "a readout too", "exactly one of target and readout"
         )
     if target is not None:
         shape = (*query.shape[:-1], value.shape[-1])
