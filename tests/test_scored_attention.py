@@ -1,6 +1,6 @@
 """attent.scored_attention's numbers: the specification against autograd, the torch backend against the specification.
 
-What the op promises beside its numbers is in test_scored_attention_contract.py.
+What the op promises beside its numbers is in test_scored_attention_contract.py, what it refuses in …_errors.py.
 """
 
 from __future__ import annotations
