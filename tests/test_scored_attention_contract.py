@@ -398,3 +398,10 @@ def test_a_seed_decides_the_lesson() -> None:
     first, second = lesson(None), lesson(None)
     torch.manual_seed(1)
     assert lesson(None) == first != second
+
+
+def test_a_second_derivative_is_refused_rather_than_0() -> None:
+    query, key, value = torch.randn(3, 2, 2, 4, 8).unbind(0)
+    out = scored_attention(query.requires_grad_(), key, value, target=torch.zeros(2, 2, 4, 8))
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(out.losses.sum(), query, create_graph=True)

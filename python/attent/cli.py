@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
-from .demo.settings import Settings
+from .demo.data import SUBSET
+from .demo.settings import Settings, usual_epochs
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -22,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command == "demo":
             from .demo.run import demo
 
-            demo(Settings(args.seeds, args.data, args.epochs, args.ratio, args.out, args.json, args.threads))
+            epochs = usual_epochs(args.data) if args.epochs is None else args.epochs
+            demo(Settings(args.seeds, args.data, epochs, args.ratio, args.out, args.json, args.threads))
         else:
             from .doctor import doctor
 
@@ -51,7 +53,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "demo",
         help="train a small vision transformer with and without attent and compare",
         description="Train a small vision transformer on real images, on the CPU, in three arms: full data, full data "
-        "for the seconds that attent takes, and attent. Print a table and the paired differences with their 95 %% "
+        "for the seconds that attent takes, and attent. Print a table and the paired differences with their 95 % "
         "intervals; draw a picture.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -62,7 +64,9 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="'subset': 12,000 images of Fashion-MNIST that come with attent; 'fashion-mnist:FOLDER': all images of a "
         "folder with the four gzipped idx files",
     )
-    demo.add_argument("--epochs", type=int, default=usual.epochs, metavar="E", help="epochs of the full-data arm")
+    few, more = usual_epochs(SUBSET), usual_epochs("fashion-mnist:")
+    epochs = f"epochs of the full-data arm; None: {few} of the subset, {more} of a folder"
+    demo.add_argument("--epochs", type=int, metavar="E", help=epochs)
     demo.add_argument("--ratio", type=float, default=usual.ratio, metavar="R", help="attent's keep ratio")
     demo.add_argument("--out", type=Path, default=usual.out, metavar="PNG", help="where the picture goes")
     demo.add_argument("--json", type=Path, metavar="FILE", help="write every run, interval and setting to FILE")

@@ -244,11 +244,13 @@ class _ScoredAttention(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients = Gradients(grads[0], *grads[2:5])
         if all(gradient is None for gradient in gradients):
             return (None,) * 7
+        # once_differentiable would let a second derivative pass as 0. (What a compiler traces is not a plain Tensor.)
+        if torch.is_grad_enabled() and any(type(gradient) is Tensor for gradient in gradients):
+            raise RuntimeError("scored_attention is differentiable once: call backward without create_graph=True")
         to_readout = gradients.losses is not None or gradients.logits is not None
         query, key, value, weight, bias, _, _ = ctx.needs_input_grad
         wanted = [query, key, value, weight and to_readout, bias and to_readout]
