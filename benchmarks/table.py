@@ -70,6 +70,8 @@ def _teaching() -> Iterator[str]:
         f"{data['train_examples']:,} + {data['test_examples']:,} images, {settings['epochs']} epochs, keep ratio"
         f" {settings['ratio']:g}, {settings['seeds']} seeds, {result['machine']['cores']} cores: {_link(path)}."
     )
+    if "notes" in result:
+        yield f"{result['notes']}"
 
 
 def _cost() -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from .table import SHOWN, best, difference_lines, differences, most_and_least_ch
 #: Okabe and Ito's colours, told apart with every kind of colour vision; the markers differ as well.
 STYLES = {FULL: ("#000000", "s"), SAME_COMPUTE: ("#D55E00", "^"), ATTENT: ("#0072B2", "o")}
 COLUMNS = 5
+#: Characters of a line of small text under the curves.
+LINE_WIDTH = 100
 
 
 def draw(path: Path, images: Images, runs: Sequence[Run]) -> None:
@@ -26,7 +29,8 @@ def draw(path: Path, images: Images, runs: Sequence[Run]) -> None:
     halves: Any = figure.subfigures(1, 2, width_ratios=(1.25, 1), wspace=0.04)
     left, right = halves
     _curves(left.subplots(), runs)
-    left.supxlabel("\n".join(difference_lines(differences(runs))), fontsize="small")
+    lines = [textwrap.fill(line, LINE_WIDTH) for line in difference_lines(differences(runs))]
+    left.supxlabel("\n".join(lines), fontsize="small")
     visits, chosen = visits_of_attent(runs), best(runs, ATTENT)
     most, least = most_and_least_chosen(visits)
     above, below = right.subfigures(2, 1, hspace=0.06)
