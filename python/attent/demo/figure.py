@@ -20,7 +20,7 @@ from .table import SHOWN, best, difference_lines, differences, most_and_least_ch
 STYLES = {FULL: ("#000000", "s"), SAME_COMPUTE: ("#D55E00", "^"), ATTENT: ("#0072B2", "o")}
 COLUMNS = 5
 #: Characters of a line of small text under the curves.
-LINE_WIDTH = 100
+LINE_WIDTH = 118
 
 
 def draw(path: Path, images: Images, runs: Sequence[Run]) -> None:
