@@ -20,8 +20,8 @@ from .learner import VisionTransformer
 FULL, SAME_COMPUTE, ATTENT = "full data", "full data, same compute", "attent"
 ARMS = (FULL, SAME_COMPUTE, ATTENT)
 
-#: Batch size -> learning rate. Every arm tries both batch sizes. Each rate is the best, or within the noise of one or two
-#: seeds of the best, of those tried for *full data at the same compute* (1 to 6 times 10^-3, on 10,000 and 50,000
+#: Batch size -> learning rate. Every arm tries both batch sizes. Each rate is the best, or within the noise of a seed
+#: or two of the best, of those tried for *full data at the same compute* (1 to 6 times 10^-3, on 10,000 and 50,000
 #: training images, with a held-out part of the training set and seeds that the demo does not use); attent got the same.
 LEARNING_RATES = {32: 2e-3, 64: 3e-3}
 WEIGHT_DECAY = 0.05
