@@ -202,7 +202,16 @@ def checkout(tmp_path: Path) -> Path:
     """A copy of what makes a build, so that building leaves nothing behind in this checkout."""
     copy = tmp_path / "checkout"
     unwanted = shutil.ignore_patterns(
-        ".*", "build", "dist", "out", "*.egg-info", "__pycache__", "*.so", "_native_failure.txt", "demo*.png", "demo*.json"
+        ".*",
+        "build",
+        "dist",
+        "out",
+        "*.egg-info",
+        "__pycache__",
+        "*.so",
+        "_native_failure.txt",
+        "demo*.png",
+        "demo*.json",
     )
     shutil.copytree(ROOT, copy, ignore=unwanted)
     shutil.copytree(ROOT / ".ci", copy / ".ci")
