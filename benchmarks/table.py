@@ -34,7 +34,7 @@ def _link(path: Path) -> str:
 
 
 def _machine(provenance: dict[str, Any]) -> str:
-    return f"{provenance['cores']} cores, torch {provenance['torch']}"
+    return f"{provenance['cores']} cores, {provenance['torch_threads']} torch threads, torch {provenance['torch']}"
 
 
 def _teaching() -> Iterator[str]:
