@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from typing import Any
 
@@ -13,6 +14,15 @@ import torch
 # The same examples on every run, so that a green checkout stays green; no deadline, since machines differ.
 hypothesis.settings.register_profile("attent", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("attent")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton kernels run in its interpreter, on CPU tensors, unless they are to be compiled or run on a GPU.
+
+    That is decided when a kernel is decorated, so before any test module is imported.
+    """
+    if config.option.markexpr not in ("aot", "gpu"):
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

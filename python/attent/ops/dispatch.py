@@ -21,15 +21,22 @@ BACKENDS = ("cuda", "triton", "torch")
 #: op name -> backend name -> implementation
 _implementations: dict[str, dict[str, Callable[..., Any]]] = {}
 
+#: (op name, backend name) -> why that backend cannot run a call, of what the op calls :func:`choose` with; None: it can
+_refusals: dict[tuple[str, str], Callable[..., str | None]] = {}
+
 #: op name -> device type -> backend measured fastest there. Empty until a committed result fills it.
 MEASURED: dict[str, dict[str, str]] = {}
 
 
-def register(op: str, backend: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: this function is how ``backend`` runs ``op``."""
+def register(
+    op: str, backend: str, *, refuses: Callable[..., str | None] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: this function is how ``backend`` runs ``op``; ``refuses`` says why not, of calls it does not take."""
 
     def note(function: Callable[..., Any]) -> Callable[..., Any]:
         _implementations.setdefault(op, {})[backend] = function
+        if refuses is not None:
+            _refusals[op, backend] = refuses
         return function
 
     return note
@@ -60,15 +67,16 @@ def unavailable(backend: str) -> str | None:
     return None
 
 
-def choose(op: str, backend: str, device: torch.device) -> str:
-    """The backend that runs ``op`` on ``device``: a name is taken or refused, ``"auto"`` picks."""
+def choose(op: str, backend: str, device: torch.device, *call: Any) -> str:
+    """The backend that runs ``op`` on ``device``: a name is taken or refused, ``"auto"`` picks.
+
+    ``call`` is what a backend's ``refuses`` looks at, the same for each backend of an op.
+    """
     table = _implementations[op]
     if backend == "auto":
-        measured = MEASURED.get(op, {}).get(device.type)
-        if measured is not None and measured in table and unavailable(measured) is None:
-            return measured
-        if device.type == "cuda" and "triton" in table and unavailable("triton") is None:
-            return "triton"
+        for name in (MEASURED.get(op, {}).get(device.type), "triton" if device.type == "cuda" else None):
+            if name in table and unavailable(name) is None and _refusal(op, name, call) is None:
+                return name
         return "torch"
     if backend not in BACKENDS:
         refuse("backend", repr(backend), "'auto', " + ", ".join(repr(b) for b in BACKENDS))
@@ -78,9 +86,16 @@ def choose(op: str, backend: str, device: torch.device) -> str:
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if reason is None and backend != "torch" and device.type != "cuda" and not interpreted:
         reason = f"it takes CUDA tensors, these are on {device}"
+    if reason is None:
+        reason = _refusal(op, backend, call)
     if reason is not None:
         refuse("backend", repr(backend), f"a backend that can run here; {backend!r} cannot: {reason}")
     return backend
+
+
+def _refusal(op: str, backend: str, call: tuple[Any, ...]) -> str | None:
+    refuses = _refusals.get((op, backend))
+    return None if refuses is None else refuses(*call)
 
 
 def implementation(op: str, backend: str) -> Callable[..., Any]:
