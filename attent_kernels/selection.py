@@ -6,7 +6,7 @@ Hard, or Gumbel top-k with a floor, and the inclusion probabilities: what ``atte
 2. Radix selection: the k-th smallest rank, 8 bits a pass, from the highest bit in which ranks differ down to where a
    bin holds just what is still to be taken. Counts are integers, so their order does not matter.
 3. The chosen ones' ranks by score are compacted in index order by prefix sums, and sorted (``block_sort.py``).
-   A hard choice from up to 2,048 is a sort of the pool: 2 and the compaction fall away.
+   A hard choice from up to 512 is a sort of the pool: 2 and the compaction fall away.
 With a floor, 2 is done again on the floor's noise of those that were not taken.
 
 Cost, estimated from instruction counts (not yet run on a GPU), 4 warps, in cycles: a histogram takes about 75
@@ -41,11 +41,10 @@ from .ranks import (
 #: A larger pool ends its launch with scores: one program alone would take too long over it.
 MAX_IN_LAUNCH = 16384
 
-#: How many examples a pass looks at at a time: with 8 a thread on 4 warps, the noise's temporaries fit the registers.
+#: How many examples a pass looks at, and how many keys are sorted, at a time. On 4 warps that is 8 a thread: the noise's
+#: temporaries, or the keys and their partners, fit the registers.
 _CHUNK = tl.constexpr(1024)
-#: How many keys are sorted at a time: 32 registers a thread on 4 warps, and as many for their partners.
-_SORT = tl.constexpr(2048)
-#: Up to here they are sorted in a smaller tensor, in fewer cycles.
+#: Up to here a smaller tensor is sorted, in fewer cycles; and a hard choice sorts the pool rather than select first.
 _FEW = tl.constexpr(512)
 
 
@@ -86,7 +85,7 @@ def select_in_block(
     # A hard choice from few, and one of all, is a sort of them where they lie.
     is_part = k < n
     if not NOISY:
-        is_part = is_part & (n > _SORT)
+        is_part = is_part & (n > _FEW)
     if k > 0:
         bound, last_first, runner_up = _no_rank_before(), _no_rank_before(), _no_rank_after()
         if is_part & (k_first > 0):
@@ -124,7 +123,7 @@ def select_in_block(
                 index_ptr, chosen_score_ptr, inclusion_ptr, GUMBEL, FLOOR,
             )  # fmt: skip
         else:
-            sort_in_memory(sorted_ptr, count, _SORT)
+            sort_in_memory(sorted_ptr, count, _CHUNK)
             for start in range(0, k, _CHUNK):
                 position = start + tl.arange(0, _CHUNK)
                 rank = tl.load(sorted_ptr + position, mask=position < k, other=0, cache_modifier=".cg")
