@@ -1,16 +1,21 @@
-"""Top-k selection on its own, on a GPU: one launch for up to 16,384 scores, four to seven for up to 2^31.
+"""Top-k selection on its own, on a GPU: one launch for up to 16,384 scores, 3 to 10 for up to 2^31.
 
-One program of 16 warps selects from up to ``MAX_IN_LAUNCH`` scores: about 2 µs a thousand by instruction counts, less
-than the further launches cost (2 to 3 µs each on the GPU, 10 on the host when nothing is queued). Beyond that:
+Launches beyond ``ONE_LAUNCH`` scores, by their dtype; nothing is read back, and no program waits for another:
 
-    launches                                                                            float32   bfloat16   float16
-    digits of the keys, 8 bits each (16-bit scores have fewer, unless noise is added)         4          2         3
-    with a floor: digits of its noise                                                         4          4         4
-    writing the chosen, sorting and their outputs, k up to 16,384                             1          1         1
-    beyond: ``torch.sort`` of k unique int64 (if sorted), outputs                           + 1        + 1       + 1
+                                                                            float32   bfloat16   float16
+    digits of the scores, 8 bits each: 16-bit scores have fewer                   4          2         3
+    or, above temperature 0, digits of the keys                                   4          4         4
+    with a floor, digits of its noise                                           + 4        + 4       + 4
+    writing the chosen; up to 4,096 of them, their sort and the outputs         + 1        + 1       + 1
+    for more, the outputs, after one ``torch.sort`` of k unique int64           + 1        + 1       + 1
 
-Nothing is read back, and no program waits for another. Memory: 8 bytes for each chosen (with ``torch.sort``, its own on
-top), 4 an example with noise, 5 with a floor. Not yet run on a GPU.
+Memory: 8 bytes for each chosen (``torch.sort`` takes its own on top), 4 an example with noise, 5 with a floor.
+
+Estimates, since none of this has run on a GPU yet. One program of 16 warps is bound by its instructions: 650 cycles
+for 1,024 scores a pass, so 1.5 µs a thousand in four passes, 24 µs at 16,384. Five launches take about 12 µs there, but
+keep the host busy for some 50 µs when nothing is queued, which is what decided. It sorts 1,024 keys in some 7 µs, 4,096
+in some 40; then ``torch.sort``, about 35 µs and several launches, takes over. At n = 1M, k = 1,024: 5 launches that
+read 4 MB each from the L2 cache, 3 to 4 µs each, and that sort: about 25 µs.
 """
 
 from __future__ import annotations
@@ -24,17 +29,21 @@ from . import selection_passes as passes
 from .runtime import on_device_of, workspace
 from .selection import MAX_IN_LAUNCH, scratch_length, select_in_block
 
-#: Pools up to here take one launch; what is chosen is sorted by the last program up to here, too.
+#: Pools up to here take one launch.
 ONE_LAUNCH = MAX_IN_LAUNCH
-ONE_PROGRAM_SORT = MAX_IN_LAUNCH
+#: Of larger pools, up to so many chosen are sorted by the last program.
+ONE_PROGRAM_SORT = 4096
 
 _KEY_BITS = 32  # and one above them for invalid
 _DIGIT = 8
 #: The lowest key bit that differs among scores of a dtype: the others are bits that float32 has on top.
 _LOWEST_BIT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
-_BLOCK_WARPS = 16  # 64 scores a thread and 1,000: all four schedulers of a processor are kept busy by one program
-_PASS_WARPS = 4
+# 128 registers a thread: without a number the compiler would rather spill than keep further programs off a processor.
+# There are none beside one program, and no more than four beside those of a pass.
+_ONE_PROGRAM = {"num_warps": 16, "maxnreg": 128}
+_PASS = {"num_warps": 4, "maxnreg": 128}
+_LAST_PASS = {"num_warps": 8, "maxnreg": 128}  # its last program may have a sort to do
 
 
 def select_top_k(
@@ -75,7 +84,7 @@ def _in_one_launch(
     with workspace(scores.device, 0, [(scratch_length(n), torch.int64)]) as (_, scratch):
         _select_kernel[(1,)](
             scores, flags, n, k, k_floor, temperature, seed, *outputs, scratch,
-            HAS_VALID=has_valid, GUMBEL=gumbel, FLOOR=k_floor > 0, SORTED=sorted, num_warps=_BLOCK_WARPS,
+            HAS_VALID=has_valid, GUMBEL=gumbel, FLOOR=k_floor > 0, SORTED=sorted, **_ONE_PROGRAM,
         )  # fmt: skip
 
 
@@ -104,7 +113,8 @@ def _in_passes(
 
     codes = scores.new_empty(n if gumbel or floor else 1, dtype=torch.int32)
     kinds = scores.new_empty(n if floor else 1, dtype=torch.int8)
-    chosen = scores.new_empty(triton.next_power_of_2(k), dtype=torch.int64)
+    finish = k <= ONE_PROGRAM_SORT
+    chosen = scores.new_empty(triton.next_power_of_2(k) if finish else k, dtype=torch.int64)
     scratch = [
         (passes.STATE, torch.int64),
         (grid[0] * bins, torch.int32),
@@ -114,7 +124,6 @@ def _in_passes(
     with workspace(scores.device, 1 + bins, scratch) as (tickets, state, rows, spans, slots):
         histogram, ticket = tickets[:bins], tickets[bins:]
         pool = scores, flags, codes, kinds, n, span
-        common = {"HAS_VALID": has_valid, "num_warps": _PASS_WARPS}
 
         def count(k: int, source: int, shifts: list[int], start: int) -> None:
             for i in range(start, len(shifts)):
@@ -124,7 +133,7 @@ def _in_passes(
                 passes.count_digit[grid](
                     *pool, k, shifts[i], width, temperature, seed, state, rows, spans, slots, histogram, ticket,
                     SOURCE=source if first else later, FIRST=first, LAST=i == len(shifts) - 1,
-                    BINS=bins if first else 256, **common,
+                    BINS=bins if first else 256, HAS_VALID=has_valid, **_PASS,
                 )  # fmt: skip
 
         source, shifts = passes.FROM_SCORES, _shifts(_LOWEST_BIT[scores.dtype])
@@ -137,21 +146,21 @@ def _in_passes(
             first_shift, shifts = shifts[-1], _shifts(0)
             passes.count_floor[grid](
                 *pool, k_first, k_floor, shifts[0], _KEY_BITS + has_valid - shifts[0], first_shift, seed, state, rows,
-                spans, slots, histogram, ticket, SOURCE=source, BINS=bins, **common,
+                spans, slots, histogram, ticket, SOURCE=source, BINS=bins, HAS_VALID=has_valid,
+                **_PASS,
             )  # fmt: skip
             source = passes.FROM_FLOOR
             count(k_floor, source, shifts, 1)
-        finish = k <= ONE_PROGRAM_SORT
         passes.write_all[grid](
             *pool, k, k_first, k_floor, shifts[-1], temperature, state, spans, slots, ticket, chosen, *outputs,
-            SOURCE=source, GUMBEL=gumbel, FLOOR=floor, FINISH=finish, SORTED=sorted, **common,
+            SOURCE=source, GUMBEL=gumbel, FLOOR=floor, FINISH=finish, SORTED=sorted,
+            HAS_VALID=has_valid, **_LAST_PASS,
         )  # fmt: skip
         if not finish:
-            chosen = chosen[:k]
             chosen = chosen.sort().values if sorted else chosen
             passes.write_outputs[(triton.cdiv(k, passes.CHUNK),)](
                 k, k_first, k_floor, scores, kinds, temperature, state, chosen, *outputs,
-                GUMBEL=gumbel, FLOOR=floor, num_warps=_PASS_WARPS,
+                GUMBEL=gumbel, FLOOR=floor, **_PASS,
             )  # fmt: skip
 
 

@@ -9,10 +9,14 @@ Hard, or Gumbel top-k with a floor, and the inclusion probabilities: what ``atte
    A hard choice from up to 512 is a sort of the pool: 2 and the compaction fall away.
 With a floor, 2 is done again on the floor's noise of those that were not taken.
 
-Cost, estimated from instruction counts (not yet run on a GPU), 4 warps, in cycles: a histogram takes about 75
-instructions for each 32 keys, a pass over 2,048 keys so about 1,500. Distinct float32 scores take 3 to 4 passes, equal
-ones up to 8; the sort of the k comes on top. In microseconds per thousand examples, k = n / 2: 4 to 6 hard, twice that
-with noise and a floor, half of it on 8 warps.
+Cost, estimated from instruction counts since it has not run on a GPU yet, in cycles on 4 warps. A histogram takes 75
+instructions for 32 ranks, so a pass 1,000 for each 1,024 examples and 600 on top; distinct float32 scores take 3 to 4
+passes, equal ones up to 8. Ranking takes 300 for each 1,024, 900 with noise, compaction 500. The sort of the k
+(``block_sort.py``) is the larger part for large k: 225 a step and 1,024 keys. At 1.75 GHz, in µs:
+
+    n, k                            512, 256    2,048, 1,024    16,384, 1,024    16,384, 8,192
+    hard                                   4              15               50              135
+    with noise and a floor                10              27              110              195
 
 Scratch memory and scores are read past the L1 cache. A barrier lies between what is stored and where it is loaded.
 """
