@@ -1,4 +1,4 @@
-"""Functions of one number that keep their digits where the textbook forms cancel, from exp and log alone.
+"""Arithmetic that kernels share: mostly functions that keep their digits where the textbook forms cancel.
 
 Triton's ``exp`` is the GPU's ``ex2.approx`` (2 units) after one multiplication, so off by |x| + 2 units; its ``log`` is
 the CUDA library's (1 unit). A unit is 2⁻²⁴.
@@ -8,6 +8,29 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from ..runtime import INTERPRETED
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def add_product(a, b, total):
+    """total + a b, of float32 in float32. (The interpreter's ``tl.dot`` takes bfloat16 for the integers it keeps.)"""
+    if _INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 to the nearest of ``dtype``. (The interpreter cuts bfloat16's surplus digits off.)"""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
 
 
 @triton.jit

@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..runtime import on_device_of
-from .elementary import capped, log1p
+from .elementary import capped, log1p, rounded
 
 #: Columns read at a time: 16 elements for each of 256 threads; beyond, a thread's registers hold fewer rows a processor.
 MAX_BLOCK = 4096
@@ -386,5 +386,5 @@ def _gradient(
         g = tl.where(o_v == own_column, own_entry, g) * slope
         square += tl.where(o_v < columns, g * g, 0.0)
         if g_ptr is not None:
-            tl.store(g_ptr + g_offset + o_v, (g * factor).to(g_ptr.dtype.element_ty), mask=o_v < columns)
+            tl.store(g_ptr + g_offset + o_v, rounded(g * factor, g_ptr.dtype.element_ty), mask=o_v < columns)
     return tl.sum(square, 0)
