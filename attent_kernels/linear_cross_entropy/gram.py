@@ -1,9 +1,9 @@
 """‖Σ_t g_t h_tᵀ‖² of each example from Gram matrices: Σ_ts (g_t·g_s) (h_t·h_s), tile by tile, lower triangle.
 
 The rows p_t [N, V] arrive a slab of columns at a time (or all at once): :meth:`Gram.add` adds each slab's products to
-float32 tiles [128, 128], one for each pair of row tiles that have an example in common. Tiles are cut from all rows, not
-from each example, so that any mix of lengths is one launch: row tile i has the pairs (i, i − lag), lag < ``lags``, as
-many as the longest example needs. A pair without an example in common costs a program that ends at once.
+float32 tiles [128, 128], one for each pair of row tiles that have an example in common. Tiles are cut from all rows,
+not from each example, so that any mix of lengths is one launch: row tile i has the pairs (i, i − lag), lag < ``lags``,
+as many as the longest example needs. A pair without an example in common costs a program that ends at once.
 
 :meth:`Gram.squares` multiplies by h_t·h_s, computed on the spot, and sums each row up: two launches without atomics, so
 results are the same on every run. Of T tokens, that is T² V multiplications in tiles of the triangle and T² D after,
@@ -32,12 +32,12 @@ from torch import Tensor
 from ..runtime import on_device_of
 from .elementary import add_product, capped
 
-#: Rows and columns of a tile. At 128 × 128 each byte loaded serves 64 operations: tensor cores then wait for L2, but the
-#: next larger tile would leave half the processors without one where a chunk holds one example of 512 tokens.
+#: Rows and columns of a tile. At 128 × 128 each byte loaded serves 64 operations: tensor cores then wait for L2, but
+#: the next larger tile would leave half the processors without one where a chunk holds one example of 512 tokens.
 TILE = 128
 #: Columns of p read at a time; 128 bytes of half precision, a whole line.
 STEP = 64
-#: Tiles of the second launch: four products at a time fit the registers of 128 threads.
+#: Tiles of the second launch: four products at a time fit the registers of 256 threads.
 SUBTILE = 64
 #: Programs that a launch should have: two for each processor of the GPUs at hand (H100, H200: 132; B200: 148).
 PROGRAMS = 264
@@ -136,7 +136,7 @@ class Gram:
                 TILE=TILE,
                 SUBTILE=SUBTILE,
                 STEP=STEP if hidden.element_size() == 2 else STEP // 2,
-                num_warps=4,
+                num_warps=8,
                 num_stages=2,
             )
         return parts.sum(0)
@@ -172,30 +172,29 @@ def gram_kernel(
     i_split = tl.program_id(1)
     i_t = i_pair // lags
     i_s = i_t - i_pair % lags
-    if i_s >= 0:
-        if tl.load(start_ptr + i_t * TILE) < (i_s + 1) * TILE:  # an example in common
-            o = tl.arange(0, TILE)
-            # Rows beyond the last are the last once more: their products are not read.
-            o_t = tl.minimum(i_t * TILE + o, rows - 1)
-            o_s = tl.minimum(i_s * TILE + o, rows - 1)
-            p_t = p_ptr + o_t.to(tl.int64)[:, None] * p_stride  # [TILE, 1]
-            p_s = p_ptr + o_s.to(tl.int64)[:, None] * p_stride
-            i_tile = (i_pair * tl.num_programs(1) + i_split).to(tl.int64)
-            p_tile = tile_ptr + i_tile * (TILE * TILE) + o[:, None] * TILE + o[None, :]  # [TILE, TILE]
-            if ACCUMULATE:
-                b_gram = tl.load(p_tile)
-                if rescale_ptr is not None:
-                    b_gram *= tl.load(rescale_ptr + o_t)[:, None]
-                    b_gram *= tl.load(rescale_ptr + o_s)[None, :]
-            else:
-                b_gram = tl.zeros([TILE, TILE], tl.float32)
-            first = i_split * split_columns
-            for start in range(first, tl.minimum(first + split_columns, columns), STEP):
-                o_v = (start + tl.arange(0, STEP))[None, :]
-                b_t = tl.load(p_t + o_v, mask=o_v < columns, other=0.0)  # [TILE, STEP]
-                b_s = tl.load(p_s + o_v, mask=o_v < columns, other=0.0)  # [TILE, STEP]
-                b_gram = add_product(b_t, tl.trans(b_s), b_gram)
-            tl.store(p_tile, b_gram)
+    if tl.load(start_ptr + i_t * TILE) < (i_s + 1) * TILE:  # an example in common; never where i_s < 0
+        o = tl.arange(0, TILE)
+        # Rows beyond the last are the last once more: their products are not read.
+        o_t = tl.minimum(i_t * TILE + o, rows - 1)
+        o_s = tl.minimum(i_s * TILE + o, rows - 1)
+        p_t = p_ptr + o_t.to(tl.int64)[:, None] * p_stride  # [TILE, 1]
+        p_s = p_ptr + o_s.to(tl.int64)[:, None] * p_stride
+        i_tile = (i_pair * tl.num_programs(1) + i_split).to(tl.int64)
+        p_tile = tile_ptr + i_tile * (TILE * TILE) + o[:, None] * TILE + o[None, :]  # [TILE, TILE]
+        if ACCUMULATE:
+            b_gram = tl.load(p_tile)
+            if rescale_ptr is not None:
+                b_gram *= tl.load(rescale_ptr + o_t)[:, None]
+                b_gram *= tl.load(rescale_ptr + o_s)[None, :]
+        else:
+            b_gram = tl.zeros([TILE, TILE], tl.float32)
+        first = i_split * split_columns
+        for start in range(first, tl.minimum(first + split_columns, columns), STEP):
+            o_v = (start + tl.arange(0, STEP))[None, :]
+            b_t = tl.load(p_t + o_v, mask=o_v < columns, other=0.0)  # [TILE, STEP]
+            b_s = tl.load(p_s + o_v, mask=o_v < columns, other=0.0)  # [TILE, STEP]
+            b_gram = add_product(b_t, tl.trans(b_s), b_gram)
+        tl.store(p_tile, b_gram)
 
 
 @triton.jit
@@ -231,57 +230,56 @@ def finish_kernel(
     i_s = i_t - lag
     o = tl.arange(0, SUBTILE)
     b_sum = tl.zeros([SUBTILE], tl.float32)
-    if i_s >= 0:
-        if tl.load(start_ptr + i_t * SUBTILE) < (i_s + 1) * SUBTILE:
-            o_t = tl.minimum(i_t * SUBTILE + o, rows - 1)
-            o_s = tl.minimum(i_s * SUBTILE + o, rows - 1)
-            p_ht = h_ptr + o_t.to(tl.int64)[:, None] * h_stride
-            p_hs = h_ptr + o_s.to(tl.int64)[:, None] * h_stride
-            b_value = _products(p_ht, h_step, p_hs, h_step, width, SUBTILE, STEP) + one  # h_t·h_s [SUBTILE, SUBTILE]
+    if tl.load(start_ptr + i_t * SUBTILE) < (i_s + 1) * SUBTILE:  # an example in common
+        o_t = tl.minimum(i_t * SUBTILE + o, rows - 1)
+        o_s = tl.minimum(i_s * SUBTILE + o, rows - 1)
+        p_ht = h_ptr + o_t.to(tl.int64)[:, None] * h_stride
+        p_hs = h_ptr + o_s.to(tl.int64)[:, None] * h_stride
+        b_value = _products(p_ht, h_step, p_hs, h_step, width, SUBTILE, STEP) + one  # h_t·h_s [SUBTILE, SUBTILE]
 
-            inner = (i_t * SUBTILE % TILE + o)[:, None] * TILE + (i_s * SUBTILE % TILE + o)[None, :]
-            i_tile = i_t * SUBTILE // TILE
-            i_pair = i_tile * lags + i_tile - i_s * SUBTILE // TILE
-            p_tile = tile_ptr + (i_pair * splits).to(tl.int64) * (TILE * TILE) + inner
-            b_gram = tl.load(p_tile)
-            for i in range(1, splits):
-                b_gram += tl.load(p_tile + i * (TILE * TILE))
+        inner = (i_t * SUBTILE % TILE + o)[:, None] * TILE + (i_s * SUBTILE % TILE + o)[None, :]
+        i_tile = i_t * SUBTILE // TILE
+        i_pair = i_tile * lags + i_tile - i_s * SUBTILE // TILE
+        p_tile = tile_ptr + (i_pair * splits).to(tl.int64) * (TILE * TILE) + inner
+        b_gram = tl.load(p_tile)
+        for i in range(1, splits):
+            b_gram += tl.load(p_tile + i * (TILE * TILE))
 
-            if label_ptr is not None:
-                label_t = tl.load(label_ptr + o_t)
-                label_s = tl.load(label_ptr + o_s)
-                lse_t = tl.load(logsumexp_ptr + o_t)
-                lse_s = tl.load(logsumexp_ptr + o_s)
-                missed_t = tl.load(missed_ptr + o_t)
-                missed_s = tl.load(missed_ptr + o_s)
-                same = label_t[:, None] == label_s[None, :]
-                b_gram *= tl.exp(tl.load(maximum_ptr + o_t) - lse_t)[:, None]
-                b_gram *= tl.exp(tl.load(maximum_ptr + o_s) - lse_s)[None, :]
-                p_wt = w_ptr + label_t[:, None] * w_stride
-                p_ws = w_ptr + label_s[:, None] * w_stride
-                b_z = _products(p_ht, h_step, p_ws, w_step, width, SUBTILE, STEP)  # z_t[y_s]
-                if bias_ptr is not None:
-                    b_z += tl.load(bias_ptr + label_s).to(tl.float32)[None, :]
-                b_p = _probability(b_z, lse_t[:, None], softcap, CAPPED)
-                b_gram -= tl.where(same, 0.0, b_p * missed_s[None, :])
-                b_z = _products(p_wt, w_step, p_hs, h_step, width, SUBTILE, STEP)  # z_s[y_t]
-                if bias_ptr is not None:
-                    b_z += tl.load(bias_ptr + label_t).to(tl.float32)[:, None]
-                b_p = _probability(b_z, lse_s[None, :], softcap, CAPPED)
-                b_gram -= tl.where(same, 0.0, b_p * missed_t[:, None])
-                b_gram += tl.where(same, missed_t[:, None] * missed_s[None, :], 0.0)
+        if label_ptr is not None:
+            label_t = tl.load(label_ptr + o_t)
+            label_s = tl.load(label_ptr + o_s)
+            lse_t = tl.load(logsumexp_ptr + o_t)
+            lse_s = tl.load(logsumexp_ptr + o_s)
+            missed_t = tl.load(missed_ptr + o_t)
+            missed_s = tl.load(missed_ptr + o_s)
+            same = label_t[:, None] == label_s[None, :]
+            b_gram *= tl.exp(tl.load(maximum_ptr + o_t) - lse_t)[:, None]
+            b_gram *= tl.exp(tl.load(maximum_ptr + o_s) - lse_s)[None, :]
+            p_wt = w_ptr + label_t[:, None] * w_stride
+            p_ws = w_ptr + label_s[:, None] * w_stride
+            b_z = _products(p_ht, h_step, p_ws, w_step, width, SUBTILE, STEP)  # z_t[y_s]
+            if bias_ptr is not None:
+                b_z += tl.load(bias_ptr + label_s).to(tl.float32)[None, :]
+            b_p = _probability(b_z, lse_t[:, None], softcap, CAPPED)
+            b_gram -= tl.where(same, 0.0, b_p * missed_s[None, :])
+            b_z = _products(p_wt, w_step, p_hs, h_step, width, SUBTILE, STEP)  # z_s[y_t]
+            if bias_ptr is not None:
+                b_z += tl.load(bias_ptr + label_t).to(tl.float32)[:, None]
+            b_p = _probability(b_z, lse_s[None, :], softcap, CAPPED)
+            b_gram -= tl.where(same, 0.0, b_p * missed_t[:, None])
+            b_gram += tl.where(same, missed_t[:, None] * missed_s[None, :], 0.0)
 
-            counts = tl.load(start_ptr + o_t)[:, None] == tl.load(start_ptr + o_s)[None, :]
-            row_t = (i_t * SUBTILE + o)[:, None]
-            row_s = (i_s * SUBTILE + o)[None, :]
-            counts &= (row_s <= row_t) & (row_t < rows)
-            b_value *= b_gram
-            if factor_ptr is not None:
-                factor_t = tl.load(factor_ptr + o_t)[:, None]
-                factor_s = tl.load(factor_ptr + o_s)[None, :]
-                counts &= (factor_t != 0) & (factor_s != 0)
-                b_value = b_value * factor_t * factor_s
-            b_sum = tl.sum(tl.where(counts, tl.where(row_s < row_t, 2.0 * b_value, b_value), 0.0), 1)
+        counts = tl.load(start_ptr + o_t)[:, None] == tl.load(start_ptr + o_s)[None, :]
+        row_t = (i_t * SUBTILE + o)[:, None]
+        row_s = (i_s * SUBTILE + o)[None, :]
+        counts &= (row_s <= row_t) & (row_t < rows)
+        b_value *= b_gram
+        if factor_ptr is not None:
+            factor_t = tl.load(factor_ptr + o_t)[:, None]
+            factor_s = tl.load(factor_ptr + o_s)[None, :]
+            counts &= (factor_t != 0) & (factor_s != 0)
+            b_value = b_value * factor_t * factor_s
+        b_sum = tl.sum(tl.where(counts, tl.where(row_s < row_t, 2.0 * b_value, b_value), 0.0), 1)
     row = i_t * SUBTILE + o
     tl.store(part_ptr + lag.to(tl.int64) * rows + row, b_sum, mask=row < rows)
 

@@ -38,7 +38,7 @@ from torch import Tensor
 from ..runtime import on_device_of
 from .elementary import capped, log1p, rounded
 
-#: Columns read at a time: 16 elements for each of 256 threads; beyond, a thread's registers hold fewer rows a processor.
+#: Columns read at a time: 16 elements for each of 256 threads; more would leave registers for fewer rows a processor.
 MAX_BLOCK = 4096
 
 #: What a row sums to, in the order they are kept in [6, C].
@@ -253,7 +253,9 @@ def row_kernel(
                     loss = mass * log_normaliser - (on_own + spread * expected)
                     p_own = tl.exp(own - maximum) / normaliser
                     own_entry = tl.where(
-                        missed < 0.5, spread * (total - own_weight) - mass * missed, mass * p_own - kept - spread * own_weight
+                        missed < 0.5,
+                        spread * (total - own_weight) - mass * missed,
+                        mass * p_own - kept - spread * own_weight,
                     )
                 else:
                     mass = 1.0

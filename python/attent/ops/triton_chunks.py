@@ -1,6 +1,6 @@
 """Linear cross-entropy on a GPU by chunks of tokens: GEMMs by the platform's library, one Triton launch between them.
 
-A chunk's logits [·, V] are written by one GEMM, in float32; one launch of :mod:`attent_kernels.linear_cross_entropy.rows`
+A chunk's logits [·, V] are written by one GEMM, in float32; one launch (``attent_kernels.linear_cross_entropy.rows``)
 turns each row into its loss, its norm and the gradient of its raw logits in the GEMMs' dtype, times all that multiplies
 it; two more GEMMs multiply that into the gradients of input and weight. Everything after the launch is a plain GEMM.
 
@@ -14,9 +14,9 @@ Chunks, not a second computation of the logits in the backward. For 8192 tokens,
 
 The sizes follow. A GEMM of C rows reads the whole weight, 0.22 ms, in the time of its arithmetic, 1.54 µs a row: from
 some 200 rows on it hides, 384 leave room on an H100 (3.35 TB/s): LOGITS_BYTES. The float32 sum over chunks hides from
-some 600 rows on: GRADIENT_BYTES is 1024 rows of bfloat16, an eighth of all logits in that dtype. So the gradient's chunk
-is larger than the logits', which fill it part by part. The logits are float32 since bfloat16 would round each by 2⁻⁹ of
-itself, a logit of 20 by 4 %; it costs 4 bytes a logit of the rows' ten.
+some 600 rows on: GRADIENT_BYTES is 1024 rows of bfloat16, an eighth of all logits in that dtype. So the gradient's
+chunk is larger than the logits', which fill it part by part. The logits are float32 since bfloat16 would round each by
+2⁻⁹ of itself, a logit of 20 by 0.04 and its probability by 4 %; it costs 4 bytes a logit of the rows' ten.
 
 Rows of both buffers start at multiples of 128 bytes, whatever V is: tensor cores need 16 (V = 50257 would have 2).
 
@@ -32,8 +32,9 @@ import torch
 from torch import Tensor
 
 from .linear_cross_entropy_op import Call, SixTensors, ThreeTensors
+from .logits_passes import square_norms
 from .tokens import Tokens
-from .torch_linear_cross_entropy import Chunk, Problem, Result, backward, combine, forward, plan, square_norms
+from .torch_linear_cross_entropy import Chunk, Problem, Result, backward, combine, forward, plan
 
 #: Bytes of float32 logits that one GEMM writes: 384 rows at V = 131072.
 LOGITS_BYTES = 192 << 20
@@ -150,7 +151,9 @@ class _Run:
         if self.writes:
             in_place = self.dtype == torch.float32
             self.gradient = (
-                self.logits if in_place else padded(min(self.n, self.sizes.chunk), len(self.weight), self.dtype, self.device)
+                self.logits
+                if in_place
+                else padded(min(self.n, self.sizes.chunk), len(self.weight), self.dtype, self.device)
             )
 
         self.losses = self._per_token()
@@ -185,7 +188,11 @@ class _Run:
         of_head = None
         if self.head is not None:
             of_head = self.head.finish()
-        squares = {"logit": self.of_logit, "hidden": self.of_hidden, "head": self.of_one if of_head is None else of_head}
+        squares = {
+            "logit": self.of_logit,
+            "hidden": self.of_hidden,
+            "head": self.of_one if of_head is None else of_head,
+        }
         scores = combine(self.tokens, self.problem, self.losses, squares)
         return Result(self.losses, scores, *self._gradients())
 
@@ -231,6 +238,7 @@ class _Run:
         sums = None
         if shard.group is not None:  # the sums over all ranks' columns first
             own = rows.row_pass(z, **options, want_sums=True, conclude=False).sums
+            assert own is not None
             sums = rows.merged(own, shard.max_(own[0].clone()))
             sums[3] = shard.max_(sums[3].clone())
             for i in (1, 2, 4, 5):
@@ -238,8 +246,10 @@ class _Run:
         result = rows.row_pass(
             z, **options, upstream=upstream, sums=sums, want_sums=keeps, want_squares=want_squares, gradient=gradient
         )
+        assert result.losses is not None
         self.losses[a:b] = result.losses
         if self.of_logit is not None:
+            assert result.squares is not None
             self.of_logit[a:b] = result.squares
             if shard.group is not None and targets.label_smoothing > 0:  # else it is from sums over all columns
                 self.of_logit[a:b] = shard.sum_(result.squares)

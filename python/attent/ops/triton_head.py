@@ -1,12 +1,12 @@
 """Exact "head" scores on a GPU, ‖Σ_t g_t h_tᵀ‖_F: from gradients that are written out, or without logits in memory.
 
-Of T tokens the logits' GEMM multiplies T·V·D times. Beside it, the Gram form of :mod:`attent_kernels...gram` takes
+Of T tokens the logits' GEMM multiplies T·V·D times. Beside it, the Gram form (``attent_kernels.linear_cross_entropy.gram``) takes
 T²V/2 (the lower triangle), the direct form T·V·D and a norm of [V, D]:
 
 * gradients written out (training): Gram up to T = 2D, direct beyond.
 * nothing written (:func:`run`): the vocabulary in slabs, each by one GEMM, one row launch and one Gram launch in a
-  workspace that stays in L2, sums and Gram matrix rescaled as the maxima rise. One pass: T/2D beside the GEMM. The direct
-  form needs logsumexp first, so the logits twice: 2 T·V·D more, cheaper from T = 4D on; those take the chunks.
+  workspace that stays in L2, sums and Gram matrix rescaled as the maxima rise. One pass: T/2D beside the GEMM. The
+  direct form needs logsumexp first, so the logits twice: 2 T·V·D more, cheaper from T = 4D on; those take the chunks.
 
 Either way the Gram form's tiles have to fit in TILE_BYTES. Examples longer than a chunk are computed slab by slab in a
 second pass over the vocabulary, from the sums that the first one kept.
@@ -14,6 +14,7 @@ second pass over the vocabulary, from the sums that the first one kept.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -213,13 +214,13 @@ def covers(tokens: Tokens, problem: Problem) -> bool:
         return False
     if tokens.length == 0:
         return False
-    longest, most = _longest(tokens), max(SLAB_TOKENS, 0)
-    return gram_is_cheaper(longest, max(longest, min(tokens.length, most)), tokens.hidden.shape[1], 4)
+    longest = _longest(tokens)
+    return gram_is_cheaper(longest, max(longest, min(tokens.length, SLAB_TOKENS)), tokens.hidden.shape[1], 4)
 
 
 def _longest(tokens: Tokens) -> int:
     starts = host_starts(tokens, tokens.length)
-    return tokens.length if starts is None else max(b - a for a, b in zip(starts, starts[1:], strict=False))
+    return tokens.length if starts is None else max(b - a for a, b in pairwise(starts))
 
 
 def run(tokens: Tokens, problem: Problem) -> Result:
