@@ -58,9 +58,12 @@ def run(tokens: Tokens, problem: Problem, upstream: Tensor | None) -> Result:
     """Losses, scores and, given the upstream gradient [N] of each ℓ_t, gradients."""
     from . import triton_head
 
-    if triton_head.covers(tokens, problem):
-        return triton_head.run(tokens, problem)
-    return _Run(tokens, problem, upstream).result()
+    starts = None
+    if "head" in problem.score and not tokens.single and tokens.length:
+        starts = triton_head.host_starts(tokens)
+        if triton_head.covers(tokens, problem, starts):
+            return triton_head.run(tokens, problem, starts)
+    return _Run(tokens, problem, upstream, starts).result()
 
 
 # ------------------------------------------------------------------------------------------------------------- sizes
@@ -126,7 +129,8 @@ def add_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 class _Run:
     """One pass over the chunks: what it reads, and what it fills."""
 
-    def __init__(self, tokens: Tokens, problem: Problem, upstream: Tensor | None) -> None:
+    def __init__(self, tokens: Tokens, problem: Problem, upstream: Tensor | None, starts: list[int] | None) -> None:
+        """``starts``: where examples start, as far as somebody needs to know (:func:`.triton_head.host_starts`)."""
         assert problem.linear_weight is not None
         self.tokens, self.problem, self.weight = tokens, problem, problem.linear_weight
         self.shard, self.wanted = problem.targets.shard, set(problem.score)
@@ -166,7 +170,7 @@ class _Run:
         if self.whole_examples:
             from .triton_head import ChunkHead
 
-            self.head = ChunkHead(tokens, problem, self.sizes.chunk, self.lowered)
+            self.head = ChunkHead(tokens, problem, self.sizes.chunk, self.lowered, starts)
         self.d_input: Tensor | None = None
         if problem.input_gradient:  # 0 where a token is left out
             new = tokens.hidden.new_empty if tokens.rows is None else tokens.hidden.new_zeros

@@ -1,7 +1,7 @@
 """Exact "head" scores on a GPU, ‖Σ_t g_t h_tᵀ‖_F: from gradients that are written out, or without logits in memory.
 
-Of T tokens the logits' GEMM multiplies T·V·D times. Beside it, the Gram form (``attent_kernels.linear_cross_entropy.gram``) takes
-T²V/2 (the lower triangle), the direct form T·V·D and a norm of [V, D]:
+Of T tokens the logits' GEMM multiplies T·V·D times. Beside it, the Gram form (see
+``attent_kernels.linear_cross_entropy.gram``) takes T²V/2, the lower triangle, and the direct form T·V·D and a norm:
 
 * gradients written out (training): Gram up to T = 2D, direct beyond.
 * nothing written (:func:`run`): the vocabulary in slabs, each by one GEMM, one row launch and one Gram launch in a
@@ -50,14 +50,15 @@ def first_tokens(tokens: Tokens) -> Tensor:
     return tokens.to_tokens(tokens.offsets[:-1]).int()
 
 
-def host_starts(tokens: Tokens, most: int) -> list[int] | None:
-    """Where examples start; None where nobody needs to know: all tokens are ``most`` at most, and of any lengths."""
+def host_starts(tokens: Tokens) -> list[int] | None:
+    """Where examples start; None if nobody needs to know, since there are Gram tiles enough for examples of any length.
+
+    Of packed examples that is a read of the device, which waits for it: up to TILE_BYTES, 3,968 tokens, there is none.
+    """
     from attent_kernels.linear_cross_entropy.gram import tile_bytes
 
     n = tokens.length
-    if tokens.tokens_each is None and n <= most and tile_bytes(n, n) <= TILE_BYTES:
-        return None
-    return tokens.starts()  # of packed examples a read of the device
+    return None if tokens.tokens_each is None and tile_bytes(n, n) <= TILE_BYTES else tokens.starts()
 
 
 def features_of(tokens: Tokens, a: int, b: int, factor: Tensor | None, with_bias: bool) -> Tensor:
@@ -74,12 +75,14 @@ def features_of(tokens: Tokens, a: int, b: int, factor: Tensor | None, with_bias
 class ChunkHead:
     """The squares of the "head" scores, from the gradients of one chunk after another."""
 
-    def __init__(self, tokens: Tokens, problem: Problem, rows: int, lowered: Tensor | None) -> None:
-        """``lowered`` [N]: what a token's written gradient is to be multiplied by; None: 1."""
+    def __init__(
+        self, tokens: Tokens, problem: Problem, rows: int, lowered: Tensor | None, starts: list[int] | None
+    ) -> None:
+        """``rows`` of a chunk; ``lowered`` [N]: what a token's written gradient is to be multiplied by; None: 1."""
         self.tokens, self.problem, self.rows, self.lowered = tokens, problem, rows, lowered
         self.with_bias = problem.linear_bias is not None
         self.first = first_tokens(tokens)
-        self.starts = host_starts(tokens, rows)
+        self.starts = tokens.starts() if starts is None and tokens.length > rows else starts
         #: Per token, to be summed up over examples: a direct form's square stands at its example's first token.
         self.squares = torch.zeros(tokens.length, dtype=torch.float32, device=tokens.hidden.device)
         starts = self.starts or []
@@ -203,32 +206,24 @@ def batch_product(a: Tensor, b: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------- without logits in memory
 
 
-def covers(tokens: Tokens, problem: Problem) -> bool:
+def covers(tokens: Tokens, problem: Problem, starts: list[int] | None) -> bool:
     """Whether :func:`run` does: scores of index targets without smoothing, no gradients, not too long for Gram."""
     trains = problem.input_gradient or problem.weight_gradient or problem.bias_gradient
-    wanted = set(problem.score)
-    if trains or tokens.single or "head" not in wanted or "hidden" in wanted:
-        return False
     targets = problem.targets
-    if tokens.target.dim() == 2 or targets.label_smoothing > 0 or targets.shard.group is not None:
+    plain = tokens.target.dim() == 1 and targets.label_smoothing == 0 and targets.shard.group is None
+    if trains or not plain or "hidden" in problem.score:
         return False
-    if tokens.length == 0:
-        return False
-    longest = _longest(tokens)
-    return gram_is_cheaper(longest, max(longest, min(tokens.length, SLAB_TOKENS)), tokens.hidden.shape[1], 4)
+    longest = tokens.length if starts is None else max(b - a for a, b in pairwise(starts))
+    rows = tokens.length if starts is None else max(longest, min(tokens.length, SLAB_TOKENS))
+    return gram_is_cheaper(longest, rows, tokens.hidden.shape[1], 4)
 
 
-def _longest(tokens: Tokens) -> int:
-    starts = host_starts(tokens, tokens.length)
-    return tokens.length if starts is None else max(b - a for a, b in pairwise(starts))
-
-
-def run(tokens: Tokens, problem: Problem) -> Result:
-    """Losses and scores."""
+def run(tokens: Tokens, problem: Problem, starts: list[int] | None) -> Result:
+    """Losses and scores of what it covers."""
     n = tokens.length
     losses = torch.empty(n, dtype=torch.float32, device=tokens.hidden.device)
     of_logit, of_head = torch.empty_like(losses), torch.empty_like(losses)
-    first, starts = first_tokens(tokens), host_starts(tokens, n)
+    first = first_tokens(tokens)
     for a, b, longest in _groups(n, starts):
         group = _group(tokens, problem, a, b, first[a:b] - a, longest)
         losses[a:b], of_logit[a:b], of_head[a:b] = group
