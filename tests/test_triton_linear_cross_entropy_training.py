@@ -121,6 +121,40 @@ def test_float16_gradients_are_scaled_before_they_are_rounded() -> None:
         assert float((mine.double() - right).abs().max()) <= 2 * UNIT[torch.float16] * float(right.abs().max()) + 6e-8
 
 
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_values_at_any_stride_are_read_where_they_lie(reduction: str, kind: str) -> None:
+    def spread(value: Tensor) -> Tensor:
+        return torch.stack([value, torch.full_like(value, 99)], -1).flatten(-2)[..., ::2]
+
+    hidden, weight, bias, class_weight = torch.randn(2, 3, 4), torch.randn(7, 4), torch.randn(7), torch.rand(7)
+    target = torch.randint(7, (2, 3)) if kind == "indices" else torch.randn(2, 3, 7).softmax(-1)
+    outcomes = []
+    for by in (lambda value: value, spread):
+        leaf = by(hidden).detach().requires_grad_()
+        loss = attent.linear_cross_entropy(
+            leaf,
+            by(weight),
+            by(target),
+            linear_bias=by(bias),
+            weight=by(class_weight),
+            label_smoothing=0.1,
+            reduction=reduction,
+            backend="triton",
+        )
+        upstream = torch.tensor(2.0).expand(loss.shape)  # every token's at one address
+        outcomes.append([loss, *torch.autograd.grad(loss, leaf, upstream)])
+    for plain, strided in zip(*outcomes, strict=True):
+        torch.testing.assert_close(strided, plain, rtol=1e-6, atol=1e-7)
+    once = torch.autograd.grad(
+        attent.linear_cross_entropy(
+            leaf, weight, target, linear_bias=bias, weight=class_weight, label_smoothing=0.1, reduction=reduction
+        ).sum(),
+        leaf,
+    )[0]
+    torch.testing.assert_close(outcomes[0][1], 2 * once, rtol=1e-5, atol=1e-6)  # as the other backend has it
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_each_score_is_the_norm_of_its_examples_own_gradient(bias: bool) -> None:
     hidden, target = torch.randn(3, 4, 5), torch.randint(7, (3, 4))

@@ -41,8 +41,8 @@ STEP = 64
 SUBTILE = 64
 #: Programs that a launch should have: two for each processor of the GPUs at hand (H100, H200: 132; B200: 148).
 PROGRAMS = 264
-#: Columns of a program at least: below, what it writes is no longer little beside what it reads.
-MIN_COLUMNS = 2048
+#: Columns of a program at least: what it then reads is twice the tile that it reads and writes.
+MIN_COLUMNS = 512
 
 
 class Own(NamedTuple):

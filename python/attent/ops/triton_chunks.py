@@ -58,6 +58,12 @@ def run(tokens: Tokens, problem: Problem, upstream: Tensor | None) -> Result:
     """Losses, scores and, given the upstream gradient [N] of each ℓ_t, gradients."""
     from . import triton_head
 
+    # Kernels read vectors from one address on.
+    bias, weight = problem.linear_bias, problem.targets.class_weight
+    problem = problem._replace(
+        linear_bias=None if bias is None else bias.contiguous(),
+        targets=problem.targets._replace(class_weight=None if weight is None else weight.float().contiguous()),
+    )
     starts = None
     if "head" in problem.score and not tokens.single and tokens.length:
         starts = triton_head.host_starts(tokens)
@@ -139,7 +145,7 @@ class _Run:
         self.trains = problem.input_gradient or problem.weight_gradient or problem.bias_gradient
         self.writes = self.trains or "hidden" in self.wanted or self.whole_examples
         self.lift: Tensor | None = None
-        self.upstream = upstream if self.trains else None
+        self.upstream = None if upstream is None or not self.trains else upstream.contiguous()
         if self.writes and self.dtype == torch.float16:
             self.upstream, self.lift = _lifted(self.upstream, tokens, problem)
         #: What a token's written gradient is to be multiplied by for a score; None: 1.
@@ -321,14 +327,11 @@ class RowOptions(NamedTuple):
         target = tokens.target
         if soft:
             target = target[:, local : local + columns]
-        weight = targets.class_weight
-        if weight is not None:
-            weight = weight.float()
         return RowOptions(
             target if rows is not None else target[a:b],
             None if rows is None else rows[a:b],
             None if bias is None else bias[local : local + columns],
-            weight,
+            targets.class_weight,
             targets.label_smoothing,
             problem.softcap,
             targets.shard.classes,
@@ -344,6 +347,6 @@ def _lifted(upstream: Tensor | None, tokens: Tokens, problem: Problem) -> tuple[
     largest = upstream if tokens.scale is None else upstream * tokens.scale
     largest = largest.abs().nan_to_num(0, posinf=0).amax() if len(largest) else upstream.new_ones(())
     if problem.targets.class_weight is not None:
-        largest = largest * problem.targets.class_weight.float().amax()
+        largest = largest * problem.targets.class_weight.amax()
     power = torch.where(largest > 0, 10 - largest.log2().ceil(), 0).clamp(-60, 60).exp2()
     return upstream * power, power

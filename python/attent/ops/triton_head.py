@@ -29,12 +29,11 @@ if TYPE_CHECKING:
 
 #: Bytes of Gram tiles, of a slab's workspace, and of a slab of the direct product.
 TILE_BYTES = 64 << 20
-#: Logits and p̃ of a slab: what stays in the 50 MB of an H100's L2 beside the slab of the weight.
-SLAB_BYTES = 36 << 20
-#: Tokens that a slab has, where examples are that short: with 3,072 columns its GEMM has 192 tiles [128, 256].
-SLAB_TOKENS = 2048
-#: Columns of a slab: a row of it is read into registers at once.
-SLAB_COLUMNS = 4096
+#: Logits and p̃ of a slab, 2048 rows of 2048 columns: half of an H100's L2, beside the weight's slab of 17 MB.
+SLAB_BYTES = 24 << 20
+#: Tokens of a slab, where examples are that short, and columns at most (a row of them is read into registers at once):
+#: the GEMM then has 128 tiles [128, 256], one for each of 132 processors.
+SLAB_TOKENS, SLAB_COLUMNS = 2048, 4096
 
 
 def gram_is_cheaper(longest: int, rows: int, width: int, factor: int) -> bool:
