@@ -55,10 +55,13 @@ _INTERPRETED = Configuration(32, 32, 32, 4, 1, 1, False)
 _FEWEST_CLASSES = 16
 
 
-def configuration(dtype: torch.dtype, tokens: int, classes: int, *, many_sums: bool = False) -> Configuration:
+def configuration(
+    dtype: torch.dtype, tokens: int, classes: int, *, aligned: bool = True, many_sums: bool = False
+) -> Configuration:
     """What the table says, in tiles that are not mostly empty for a few tokens or classes.
 
-    ``many_sums``: each logit comes with a mass of its own, which takes registers.
+    ``aligned``: operands are loaded by vectors; element by element they take an address each. ``many_sums``: each logit
+    comes with a mass of its own. Both take registers.
     """
     if INTERPRETED:
         return _INTERPRETED
@@ -67,14 +70,21 @@ def configuration(dtype: torch.dtype, tokens: int, classes: int, *, many_sums: b
     else:
         capability = compute_capability()
         chosen = HALF[max((least for least in HALF if least <= capability), default=min(HALF))]
-    if many_sums and chosen.classes > 128:
-        chosen = chosen._replace(classes=128)
+    if not aligned:
+        chosen = chosen._replace(classes=min(chosen.classes, 64), width=32, flatten=False)
+    elif many_sums:
+        chosen = chosen._replace(classes=min(chosen.classes, 128))
     few = max(_FEWEST_CLASSES, 1 << max(0, classes - 1).bit_length())
     if few <= chosen.classes // 2:
         chosen = chosen._replace(classes=few, warps=4, resident=2)
     if tokens <= 64 and chosen.rows > 64:  # the least number of rows of wgmma
         chosen = chosen._replace(rows=64, warps=4)
     return chosen
+
+
+def processors(device: torch.device) -> int:
+    """Its multiprocessors; those of H100 and H200 where nothing runs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 class Cut(NamedTuple):

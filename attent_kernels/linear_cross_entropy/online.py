@@ -15,13 +15,14 @@ and where the target has mass off y (label smoothing, probabilities: SPREAD)
     b  = Σ d_v² e_v μ_v        t  = Σ μ_v (z̃_v − m)
     c  = Σ d_v² μ_v²           o  = Σ μ_v
 
-A new maximum m' scales a and b by exp(m − m'), s by its square, and adds (m − m') o to t. Vocabulary groups merge by the
-same rule. Neither ever subtracts: with r = exp(m − max(m, z_y)) and l = r a + exp(z_y − max(m, z_y)),
+A new maximum m' scales a and b by exp(m − m'), s by its square, and adds (m − m') o to t. Vocabulary groups merge by
+the same rule. Neither ever subtracts: with r = exp(m − max(m, z_y)) and l = r a + exp(z_y − max(m, z_y)),
 
     1 − p_y = r a / l          ‖g‖² = μ_y² [ d_y² (1 − p_y)² + (r/l)² s ]                  index targets, no smoothing
                                ‖g‖² = d_y² (o − M (1 − p_y))² + (M r/l)² s − 2 M (r/l) b + c            otherwise
 
-and the loss is log1p(r a) where z_y is the maximum. As m leaves out y, a and s are at least 1 however sure the learner is.
+and the loss is log1p(r a) where z_y is the maximum. As m leaves out y, a and s are at least 1 however sure the learner
+is.
 
 Errors, with u = 2^-24, in exact arithmetic of the logits (those are off by some √D u Σ|h_d w_d|, as any float32 matrix
 product). exp on a GPU is off by 2 ulp and, its argument multiplied by log2(e), by |z̃ − m| u, which counts little as
@@ -38,6 +39,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .elementary import capped, log1p
+
 #: Kept per token and vocabulary group: m, a, s; and b, c, t, o where the target is spread out.
 KEPT, KEPT_SPREAD = 3, 7
 
@@ -53,32 +56,11 @@ def exp(x):
 
 @triton.jit
 def cap(z, softcap, CAPPED: tl.constexpr):
-    """z̃ = c tanh(z/c) and its slope d = 1 − tanh², which is 4 e/(1 + e)² with e = exp(−2 |z/c|): nothing cancels.
-
-    Below 1/4 tanh is its series, whose next term is below u/4; above, (1 − e)/(1 + e) is right to 4 u.
-    """
+    """z̃ and its slope."""
     slope = tl.full(z.shape, 1.0, tl.float32)
     if CAPPED:
-        x = z * (1.0 / softcap)
-        e = exp(-2.0 * tl.abs(x))
-        half = 1.0 / (1.0 + e)  # between 1/2 and 1
-        large = (1.0 - e) * half
-        x2 = x * x
-        series = 1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 + x2 * (-17.0 / 315 + x2 * (62.0 / 2835))))
-        tanh = tl.where(tl.abs(x) < 0.25, x * series, tl.where(x < 0, -large, large))
-        z = softcap * tanh
-        slope = 4.0 * e * (half * half)
+        z, slope = capped(z, softcap)
     return z, slope
-
-
-@triton.jit
-def log1p(x):
-    """log(1 + x) for 0 <= x, to a few ulp: below 1 as 2 atanh(x/(2 + x)), since a GPU's log is off by 2^-22 near 0."""
-    s = x / (2.0 + x)
-    s2 = s * s  # at most 1/9: the next term is below u/3
-    odd = 1.0 / 9 + s2 * (1.0 / 11 + s2 * (1.0 / 13 + s2 * (1.0 / 15)))
-    series = 1.0 + s2 * (1.0 / 3 + s2 * (1.0 / 5 + s2 * (1.0 / 7 + s2 * odd)))
-    return tl.where(x < 1.0, 2.0 * s * series, tl.log(1.0 + x))
 
 
 @triton.jit

@@ -19,8 +19,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..selection import select_in_block
 from ..tickets import take_ticket
 from .columns import keep_columns
+from .elementary import add_product
 from .folds import fold_blocks, fold_examples, fold_groups
 from .online import cap, loss_and_square, nothing_kept
 from .tokens import blocks_of_tile, read_tokens, rows_at, tiles_of_block
@@ -29,7 +31,7 @@ from .tokens import blocks_of_tile, read_tokens, rows_at, tiles_of_block
 # the middle of training.
 _SIZES = [
     "target_example_stride", "target_token_stride", "tokens", "tokens_each", "batch", "ignore_index", "row_tiles",
-    "groups", "group_tiles", "sweep", "blocks",
+    "groups", "group_tiles", "sweep", "blocks", "k_chosen", "k_floor",
 ]  # fmt: skip
 
 
@@ -54,6 +56,9 @@ def score_kernel(
     label_smoothing,
     softcap,
     out,  # Outputs
+    choice,  # Choice or None
+    k_chosen,
+    k_floor,
     scratch,  # Scratch
     tickets,  # int32 [row_tiles + blocks + 1]
     row_tiles,
@@ -69,6 +74,8 @@ def score_kernel(
     SPREAD: tl.constexpr,  # the target has mass on more than one class
     UNIFORM: tl.constexpr,  # the same mass on each but the target's own
     CAPPED: tl.constexpr,
+    GUMBEL: tl.constexpr,
+    FLOOR: tl.constexpr,
     EVEN_WIDTH: tl.constexpr,  # BK divides D
     EVEN_CLASSES: tl.constexpr,  # BN divides V
     FLATTEN: tl.constexpr,
@@ -95,7 +102,9 @@ def score_kernel(
         rows, target, target_example_stride, target_token_stride, cu_seqlens, example_weight, tokens, tokens_each,
         batch, classes, ignore_index, PACKED, SHIFT, SOFT,
     )  # fmt: skip
-    inside = tl.minimum(rows, tl.maximum(tokens - 1, 0))  # what stands beyond is computed as the last token, for nothing
+    inside = tl.minimum(
+        rows, tl.maximum(tokens - 1, 0)
+    )  # what stands beyond is computed as the last token, for nothing
     i_example, i_token = rows_at(inside, tokens_each)
     p_rows = hidden.ptr + i_example * hidden.example + i_token * hidden.token  # [BM]
     k = tl.arange(0, BK)
@@ -123,7 +132,7 @@ def score_kernel(
                 rest = width - i * BK
                 h = tl.load(p_hidden, k[None, :] < rest, other=0.0)
                 w = tl.load(p_weight, k[:, None] < rest, other=0.0)
-            z = tl.dot(h, w, z, input_precision="ieee")
+            z = add_product(h, w, z)
             p_hidden += BK * hidden.column
             p_weight += BK * weight.column
 
@@ -144,7 +153,7 @@ def score_kernel(
         tl.store(p_slot + 5 * groups * capacity, t)
         tl.store(p_slot + 6 * groups * capacity, o)
     tl.store(scratch.own + rows, own, (label >= begin * BN) & (label < end * BN))
-    if out.head is not None:
+    if out.head is not None:  # noqa: SIM102 - decided when compiled, the next one when run
         if (group == 0) & (is_needed == 1):
             square = tl.zeros([BM], tl.float32)
             for start in range(0, width, BK):
@@ -162,12 +171,11 @@ def score_kernel(
         own = tl.load(scratch.own + rows, computed, other=0.0, cache_modifier=".cg")
         own, own_slope = cap(own, softcap, CAPPED)
         label_weight = tl.full([BM], 1.0, tl.float32)
-        if not SOFT:
-            if class_weight is not None:
-                # A label that is no class counts in the denominator as the class nearest to it would.
-                nearest = tl.where(label == -2, classes - 1, tl.maximum(label, 0))
-                label_weight = tl.load(class_weight.ptr + nearest * class_weight.stride, counted, other=0.0)
-                label_weight = label_weight.to(tl.float32)
+        if class_weight is not None and not SOFT:
+            # A label that is no class counts in the denominator as the class nearest to it would.
+            nearest = tl.where(label == -2, classes - 1, tl.maximum(label, 0))
+            label_weight = tl.load(class_weight.ptr + nearest * class_weight.stride, counted, other=0.0)
+            label_weight = label_weight.to(tl.float32)
         own_mass = label_weight
         if SPREAD:
             own_mass *= (1.0 - label_smoothing) + label_smoothing / classes
@@ -203,3 +211,8 @@ def score_kernel(
                 if take_ticket(tickets + row_tiles + blocks, blocks):
                     # --- 3: all of them
                     fold_blocks(scratch, out, blocks, reduction)
+                    if choice is not None:
+                        select_in_block(
+                            choice.score, scratch.valid, batch, k_chosen, k_floor, choice.temperature, choice.seed,
+                            choice.index, choice.chosen_score, choice.inclusion, scratch.selection, True, GUMBEL, FLOOR,
+                        )  # fmt: skip

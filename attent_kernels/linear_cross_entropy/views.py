@@ -42,3 +42,8 @@ def token_rows(values: Tensor) -> TokenRows:
     if values.dim() == 2:
         return TokenRows(values, values.stride(0), 0, values.stride(1))
     return TokenRows(values, *values.stride())
+
+
+def is_aligned(values: Tensor) -> bool:
+    """Whether Triton loads rows of a matrix by vectors: it looks for strides that 16 divides, and adjacent columns."""
+    return values.stride(-1) == 1 and values.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in values.stride()[:-1])
