@@ -26,7 +26,11 @@ def small_tiles(
     def parts(row_tiles: int, vocabulary: int, *_: Any) -> Cut:
         return Cut(triton.cdiv(triton.cdiv(vocabulary, classes), group_tiles), group_tiles, sweep)
 
-    with mock.patch.object(launch_scorer, "configuration", tiles), mock.patch.object(launch_scorer, "cut", parts):
+    with (
+        mock.patch.object(launch_scorer, "configuration", tiles),
+        mock.patch.object(launch_scorer, "cut", parts),
+        mock.patch.object(launch_scorer, "_COLUMNS_AT_A_TIME", classes // 2),
+    ):
         yield
 
 

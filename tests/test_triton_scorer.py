@@ -159,6 +159,27 @@ def test_losses_and_scores_are_the_specifications_whatever_is_drawn(
     check_one(problem.to(dtype), how, tiles)
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "smoothed": {"label_smoothing": 0.2},
+    "smoothed over weights": {"label_smoothing": 0.2, "weight": torch.linspace(0.2, 2, 37)},
+    "probabilities": {"weight": torch.linspace(0.2, 2, 37)},
+    "capped": {"softcap": 4.0},
+    "capped and smoothed": {"softcap": 4.0, "label_smoothing": 0.2},
+    "capped probabilities": {"softcap": 4.0},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_tiles_and_groups_merge_to_the_whole_vocabulary(kind: str) -> None:
+    hidden, bias = torch.randn(6, 9), torch.randn(37)
+    target = torch.rand(6, 37) if "probabilities" in kind else torch.randint(37, (6,))
+    problem = Problem(hidden, torch.randn(37, 9), target, {"linear_bias": bias, **KINDS[kind]})
+    with small_tiles(rows=8, classes=8, width=16, group_tiles=3):  # 2 groups, of 3 and 2 tiles of 2 halves
+        loss, scores = score(problem, score=names_for(problem), per_example="sum")
+    assert_is_reference(problem, loss, scores, per_example="sum")
+
+
 def test_targets_at_any_strides() -> None:
     hidden, weight = torch.randn(3, 5, 6).transpose(0, 1), torch.randn(9, 6)
     labels, q = torch.randint(9, (3, 5)).T, torch.rand(9, 5, 3).permute(1, 2, 0)
@@ -350,7 +371,7 @@ def test_offsets_that_nobody_checked_end_in_one_whole_result(numbers: list[int],
 
 
 def test_many_empty_examples_between_few_tokens() -> None:
-    cu_seqlens = torch.tensor([0] * 40 + [3] * 35 + [4] * 5 + [9] * 35, dtype=torch.int32)
+    cu_seqlens = torch.tensor([0] * 40 + [3] * 25 + [4] * 15 + [9] * 35, dtype=torch.int32)
     problem = Problem(
         torch.randn(9, 4), torch.randn(5, 4), torch.randint(5, (9,)), {"cu_seqlens": cu_seqlens, "linear_bias": None}
     )
