@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from attent_kernels import runtime
-from attent_kernels.linear_cross_entropy import launch_scorer
-from attent_kernels.linear_cross_entropy.configurations import HALF, cut
+from attent_kernels.linear_cross_entropy import autotune, launch_scorer
+from attent_kernels.linear_cross_entropy.configurations import CANDIDATES, HALF, cut
 from attent_kernels.linear_cross_entropy.launch_scorer import Choose, score_tokens
 from benchmarks.ahead_of_time import SHARED_LIMIT, Compiled, compiled_for, unordered_tickets
 
@@ -74,9 +75,9 @@ def test_it_fits_its_tiles_run_on_tensor_cores_and_its_tickets_are_ordered(
 
 
 @contextmanager
-def planned() -> Iterator[list[tuple[tuple[int, ...], int]]]:
-    """Launches in this context are not compiled; yields their grids and the bytes that each is lent."""
-    found: list[tuple[tuple[int, ...], int]] = []
+def planned() -> Iterator[list[tuple[tuple[int, ...], int, dict[str, Any]]]]:
+    """Launches in this context are not compiled; yields their grids, the bytes that each is lent and its constants."""
+    found: list[tuple[tuple[int, ...], int, dict[str, Any]]] = []
     lent = [0]
     usual = runtime.workspace
 
@@ -86,7 +87,7 @@ def planned() -> Iterator[list[tuple[tuple[int, ...], int]]]:
 
     class Kernel:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *_, **__: found.append((grid, lent[0]))
+            return lambda *_, **constants: found.append((grid, lent[0], constants))
 
     with (
         mock.patch.object(launch_scorer, "score_kernel", Kernel()),
@@ -121,6 +122,37 @@ def test_few_processors_are_idle(tokens: int, classes: int, width: int, idle: fl
     depth = -(-row_tiles * parts.groups // processors) * parts.group_tiles
     assert depth * processors <= (1 + idle) * row_tiles * vocabulary_tiles
     assert parts.sweep * tiles.rows * width * 2 <= 16 << 20
+
+
+def test_a_search_takes_the_fastest_that_fits_once_for_each_kind_of_call(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments: dict[str, Any] = {
+        "input": meta(256, 64),
+        "linear_weight": meta(1000, 64),
+        "target": meta(256, dtype=torch.int64),
+        **dict.fromkeys(("linear_bias", "weight", "cu_seqlens", "choose", "softcap")),
+        "label_smoothing": 0.0,
+    }
+    measured: list[int] = []
+
+    def seconds_of(call: Callable[[], object]) -> float:
+        with planned() as launches:
+            call()
+        rows = launches[0][2]["BM"]
+        if rows == 64:
+            raise triton.runtime.errors.OutOfResources(1, 0, "shared memory")
+        measured.append(rows)
+        return 1e-3 if rows == 256 else 2e-3
+
+    with mock.patch.dict(autotune._found, clear=True):
+        chosen = autotune.fastest(arguments, seconds_of)
+        assert chosen is not None and chosen.rows == 256 and chosen in CANDIDATES
+        tried = len(measured)
+        assert autotune.fastest(arguments, seconds_of) == chosen and len(measured) == tried
+        autotune.fastest({**arguments, "softcap": 3.0}, seconds_of)
+        assert len(measured) > tried
+    printed = capsys.readouterr().out
+    assert str(chosen) in printed.splitlines()[1] and "TFLOP/s" in printed
+    assert autotune.fastest(arguments) is None  # nothing runs on the meta device
 
 
 def test_many_tokens_or_classes_keep_slots_small() -> None:

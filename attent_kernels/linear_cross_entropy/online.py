@@ -24,14 +24,16 @@ the same rule. Neither ever subtracts: with r = exp(m − max(m, z_y)) and l = r
 and the loss is log1p(r a) where z_y is the maximum. As m leaves out y, a and s are at least 1 however sure the learner
 is.
 
-Errors, with u = 2^-24, in exact arithmetic of the logits (those are off by some √D u Σ|h_d w_d|, as any float32 matrix
-product). exp on a GPU is off by 2 ulp and, its argument multiplied by log2(e), by |z̃ − m| u, which counts little as
-exp(z̃ − m) is small then: relative error of a, s and the loss at most about (4 + log2(V) + n) u, n the vocabulary tiles
-of a group, whose sums are added one after the other. Index targets without smoothing: ‖g‖ has twice that, at any p_y.
-SPREAD: (M p_v − μ_v)² is summed expanded, so what is left where p = q, all terms alike, is the rounding of the terms:
-‖g‖² is off by about (4 + log2(V) + n) u (M² Σp² + Σμ²), over v ≠ y: smoothed by ε a few u ε²/V, so ‖g‖ is right to
-about ε √(20 u/V) absolutely, 1e-4 ε/√V·10. With probabilities y is not left out: ‖g‖ is right to about √(20 u) = 1e-3
-of the largest probability, less where p and q are spread out.
+Errors, with u = 2^-24, of exact logits (those are off by at most (D + 1) u Σ_d |h_d w_d|, as any float32 product; n is
+the number of vocabulary tiles of a group, whose sums are added one after the other). exp on a GPU is off by 2 units
+and, its argument rounded and multiplied by log2(e), by 2 u |z̃ − m|, which counts little where exp(z̃ − m) is small. So
+a, s and the loss are right to (log2(V) + n + 10) u of themselves, and 2 u |z_y − m| where the target is far off the
+others. Index targets without smoothing: ‖g‖ is right to twice that, however near to 1 p_y is.
+
+SPREAD: (M p_v − μ_v)² is summed expanded, so that where p = q all of it cancels, and what is left is rounding: ‖g‖² is
+off by (log2(V) + n + 10) u (M² Σ p² + Σ μ²), v ≠ y. Smoothing by ε there is Σ p² = Σ μ² = ε²/V, so ‖g‖ is right to some
+ε √(40 u / V) < 2e-3 ε/√V. With probabilities y is not left out: ‖g‖ is right to √(40 u) < 2e-3 of ‖q‖, and so for sure
+learners worse than by an index.
 """
 
 from __future__ import annotations
