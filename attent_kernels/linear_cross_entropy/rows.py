@@ -79,7 +79,7 @@ def row_pass(
         target: int64 ``[C]`` in [0, classes); or masses before smoothing and class weights, floating ``[·, V]``.
         target_rows: int64 ``[C]``, which row of such a target is a row's; None: its own.
         bias: ``[V]``, added to the logits.
-        class_weight: float32 ``[classes]`` that multiplies the target's masses; a factor of a whole row is in ``scale``.
+        class_weight: float32 ``[classes]``, multiplies the target's masses; a factor of a whole row is in ``scale``.
         label_smoothing: ε, over ``classes``.
         softcap: c.
         classes: of the whole vocabulary; None: these columns are all of it.
