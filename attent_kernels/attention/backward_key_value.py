@@ -21,6 +21,7 @@ from .backward_tiles import (
     load_rows,
     looks_at,
     probabilities,
+    product,
     store_rows,
     store_zeros,
     vector_pointers,
@@ -159,16 +160,16 @@ def _add_queries(
         b_grad = load_rows(p_grad + step * grad_output.row, m_row, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
         b_logsumexp = load_logsumexp(p_logsumexp + step * logsumexp.row, m_row)  # [BLOCK_M]
 
-        b_dot = tl.dot(b_key, tl.trans(b_query), input_precision="ieee")  # [BLOCK_N, BLOCK_M], as all below
+        b_dot = product(b_key, tl.trans(b_query))  # [BLOCK_N, BLOCK_M], as all below
         b_p, slope = probabilities(b_dot, b_logsumexp[None, :], scale, softcap)
         if MASKED:
             b_p = tl.where(looks_at(o_row[None, :], o_key[:, None], rows, keys, window), b_p, 0.0)
         if WANT_VALUE:
-            b_grad_value = tl.dot(b_p.to(b_grad.dtype), b_grad, b_grad_value, input_precision="ieee")
+            b_grad_value = product(b_p.to(b_grad.dtype), b_grad, b_grad_value)
         if WANT_KEY:
             b_delta = tl.load(p_delta + step * delta.row, m_row, other=0.0)  # [BLOCK_M]
-            b_ds = b_p * (tl.dot(b_value, tl.trans(b_grad), input_precision="ieee") - b_delta[None, :])
+            b_ds = b_p * (product(b_value, tl.trans(b_grad)) - b_delta[None, :])
             if softcap is not None:
                 b_ds = b_ds * slope
-            b_grad_key = tl.dot(b_ds.to(b_query.dtype), b_query, b_grad_key, input_precision="ieee")
+            b_grad_key = product(b_ds.to(b_query.dtype), b_query, b_grad_key)
     return b_grad_key, b_grad_value

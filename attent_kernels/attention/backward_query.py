@@ -17,6 +17,7 @@ from .backward_tiles import (
     load_rows,
     looks_at,
     probabilities,
+    product,
     store_rows,
     store_zeros,
     vector_pointers,
@@ -130,12 +131,12 @@ def _add_keys(
         b_key = load_rows(p_key + step * key.row, m_key, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         b_value = load_rows(p_value + step * value.row, m_key, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
 
-        b_dot = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")  # [BLOCK_M, BLOCK_N], as all below
+        b_dot = product(b_query, tl.trans(b_key))  # [BLOCK_M, BLOCK_N], as all below
         b_p, slope = probabilities(b_dot, b_logsumexp[:, None], scale, softcap)
         if MASKED:
             b_p = tl.where(looks_at(o_row[:, None], o_key[None, :], rows, keys, window), b_p, 0.0)
-        b_ds = b_p * (tl.dot(b_grad, tl.trans(b_value), input_precision="ieee") - b_delta[:, None])
+        b_ds = b_p * (product(b_grad, tl.trans(b_value)) - b_delta[:, None])
         if softcap is not None:
             b_ds = b_ds * slope
-        b_grad_query = tl.dot(b_ds.to(b_key.dtype), b_key, b_grad_query, input_precision="ieee")
+        b_grad_query = product(b_ds.to(b_key.dtype), b_key, b_grad_query)
     return b_grad_query

@@ -9,7 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..runtime import INTERPRETED
 from .layout import find_packed_tile, find_segment
+
+INTERPRETED_ = tl.constexpr(INTERPRETED)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -109,6 +112,17 @@ def load_logsumexp(pointers, inside):
     """In base 2. A row without a key, whose logsumexp is -inf, and one outside get +inf: exp(s - inf) is their p = 0."""
     b_logsumexp = tl.load(pointers, inside, other=float("inf"))
     return tl.where(b_logsumexp == float("-inf"), float("inf"), b_logsumexp) * LOG2_E
+
+
+@triton.jit
+def product(a, b, acc=None):
+    """a b, added to float32 ``acc``; float32 operands are not rounded to tf32.
+
+    Triton's interpreter holds a bfloat16 as its 16 bits, and up to 3.7 multiplies those: it gets them as float32.
+    """
+    if INTERPRETED_ and a.dtype == tl.bfloat16:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
