@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 
 class Case(NamedTuple):
     """What a configuration is chosen by."""
 
-    capability: int  # 80, 90, 100; 0 in the interpreter
-    itemsize: int  # bytes of an entry of query, key and value
+    dtype: torch.dtype
     width: int  # the larger of the two padded head dims
-    few_queries: bool  # 16 at most
+    few_queries: bool
 
 
 class Configuration(NamedTuple):
@@ -23,8 +24,9 @@ class Configuration(NamedTuple):
     stages: int
 
 
-CANDIDATES = {"key_value": [], "query": []}
+def choose(kernel: str, case: Case) -> Configuration:
+    return Configuration(16, 16, 4, 1)
 
 
-def configuration(kernel: str, case: Case) -> Configuration:
-    return Configuration(16, 16, 4, 2)
+def candidates(kernel: str, case: Case) -> list[Configuration]:
+    return [choose(kernel, case)]

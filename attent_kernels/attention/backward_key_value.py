@@ -17,14 +17,13 @@ import triton.language as tl
 from .backward_tiles import (
     find_tile,
     live_rows,
-    load_logsumexp,
     load_rows,
     looks_at,
+    number_pointer,
     probabilities,
     product,
     store_rows,
     store_zeros,
-    vector_pointers,
 )
 from .layout import find_segment, num_tiles, row_pointers
 from .masks import queries_of
@@ -36,8 +35,8 @@ def key_value_gradients(
     key,  # Rows of [B, KV, Tk, D]
     value,  # Rows of [B, KV, Tk, DV]
     grad_output,  # Rows of [B, H, Tq, DV], all of the output's gradient
-    logsumexp,  # Rows of [B, H, Tq, 1]
-    delta,  # Rows of [B, H, Tq, 1]
+    logsumexp,  # Numbers: of a query's scores, in base 2; +inf without a key
+    delta,  # Numbers: of a query
     grad_key,  # Rows like key; not written unless WANT_KEY
     grad_value,  # Rows like value; not written unless WANT_VALUE
     query_segments,
@@ -97,26 +96,23 @@ def key_value_gradients(
         p_query = row_pointers(query, example, head, row, o_d)
         row = shift + start + tl.arange(0, BLOCK_M)
         p_grad = row_pointers(grad_output, example, head, row, o_dv)
-        p_logsumexp = vector_pointers(logsumexp, example, head, row)
-        p_delta = vector_pointers(delta, example, head, row)
+        p_logsumexp = number_pointer(logsumexp, example, head) + shift
+        p_delta = number_pointer(delta, example, head) + shift
         at = low
         if window.right is not None:
             b_grad_key, b_grad_value = _add_queries(
-                b_grad_key, b_grad_value, b_key, b_value, p_query, p_grad, p_logsumexp, p_delta, query, grad_output,
-                logsumexp, delta, at, inner_low, start, stop, o_key, rows, keys, window, scale, softcap,
+                b_grad_key, b_grad_value, b_key, b_value, p_query, p_grad, p_logsumexp, p_delta, query, grad_output, at, inner_low, start, stop, o_key, rows, keys, window, scale, softcap,
                 WANT_KEY, WANT_VALUE, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, True,
             )  # fmt: skip
             at = tl.maximum(at, inner_low)
         b_grad_key, b_grad_value = _add_queries(
-            b_grad_key, b_grad_value, b_key, b_value, p_query, p_grad, p_logsumexp, p_delta, query, grad_output,
-            logsumexp, delta, at, inner_high, start, stop, o_key, rows, keys, window, scale, softcap,
+            b_grad_key, b_grad_value, b_key, b_value, p_query, p_grad, p_logsumexp, p_delta, query, grad_output, at, inner_high, start, stop, o_key, rows, keys, window, scale, softcap,
             WANT_KEY, WANT_VALUE, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, False,
         )  # fmt: skip
         if window.left is not None:
             at = tl.maximum(at, inner_high)
             b_grad_key, b_grad_value = _add_queries(
-                b_grad_key, b_grad_value, b_key, b_value, p_query, p_grad, p_logsumexp, p_delta, query, grad_output,
-                logsumexp, delta, at, high, start, stop, o_key, rows, keys, window, scale, softcap,
+                b_grad_key, b_grad_value, b_key, b_value, p_query, p_grad, p_logsumexp, p_delta, query, grad_output, at, high, start, stop, o_key, rows, keys, window, scale, softcap,
                 WANT_KEY, WANT_VALUE, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, True,
             )  # fmt: skip
 
@@ -146,19 +142,18 @@ def key_value_gradients(
 
 @triton.jit
 def _add_queries(
-    b_grad_key, b_grad_value, b_key, b_value, p_query, p_grad, p_logsumexp, p_delta, query, grad_output,
-    logsumexp, delta, low, high, start, stop, o_key, rows, keys, window, scale, softcap,
+    b_grad_key, b_grad_value, b_key, b_value, p_query, p_grad, p_logsumexp, p_delta, query, grad_output, low, high, start, stop, o_key, rows, keys, window, scale, softcap,
     WANT_KEY: tl.constexpr, WANT_VALUE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Go on over queries [low, high). Pointers are at row ``start``; rows from ``stop`` on have no gradient."""
+    """Go on over queries [low, high). Tiles' pointers are at row ``start``; from row ``stop`` on none has a gradient."""
     for i_row in range(low, high, BLOCK_M):
         o_row = i_row + tl.arange(0, BLOCK_M)
         m_row = o_row < stop
         step = tl.cast(i_row - start, tl.int64)
         b_query = load_rows(p_query + step * query.row, m_row, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
         b_grad = load_rows(p_grad + step * grad_output.row, m_row, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
-        b_logsumexp = load_logsumexp(p_logsumexp + step * logsumexp.row, m_row)  # [BLOCK_M]
+        b_logsumexp = tl.load(p_logsumexp + o_row, m_row, other=float("inf"))  # [BLOCK_M]; +inf: p = 0
 
         b_dot = product(b_key, tl.trans(b_query))  # [BLOCK_N, BLOCK_M], as all below
         b_p, slope = probabilities(b_dot, b_logsumexp[None, :], scale, softcap)
@@ -167,7 +162,7 @@ def _add_queries(
         if WANT_VALUE:
             b_grad_value = product(b_p.to(b_grad.dtype), b_grad, b_grad_value)
         if WANT_KEY:
-            b_delta = tl.load(p_delta + step * delta.row, m_row, other=0.0)  # [BLOCK_M]
+            b_delta = tl.load(p_delta + o_row, m_row, other=0.0)  # [BLOCK_M]
             b_ds = b_p * (product(b_value, tl.trans(b_grad)) - b_delta[None, :])
             if softcap is not None:
                 b_ds = b_ds * slope

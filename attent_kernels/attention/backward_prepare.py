@@ -1,10 +1,11 @@
-"""Before attention's backward: the total gradient dO of each output row, and delta = Σ dO · O.
+"""Before attention's backward: each output row's total gradient dO, delta = Σ dO · O, and logsumexp in base 2.
 
     dO_t = grad_output_t + grad_pooled / Lq          (mean; first, last: + grad_pooled in that row)
                          + grad_loss (O_t - y_t) / Lq  (with a target)
 
 of rows t < Lq. dO is written, rounded to the output's dtype as autograd's would be, where it is more than grad_output
-alone; delta is float32 and of the rounded dO, since it stands for Σ_j p_j dO · v_j. Reads O, writes dO: bandwidth-bound.
+alone; delta is float32 and of the rounded dO, since it stands for Σ_j p_j dO · v_j. The logsumexp of a row without a
+key, -inf, becomes +inf: exp(s - inf) is the 0 that its p is. Reads O, writes dO: bound by memory.
 """
 
 from __future__ import annotations
@@ -12,20 +13,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .backward_tiles import find_tile, live_rows, load_rows, store_rows, vector_pointers
+from ..arithmetic import LOG2_E
+from .backward_tiles import find_tile, live_rows, load_rows, number_pointer, store_rows
 from .layout import row_pointers
 
 
 @triton.jit
 def prepare(
     output,  # Rows of [B, H, T, DV]
+    logsumexp,  # Rows of [B, H, T, 1], natural
     grad_output,  # Rows like output, or of None
     grad_pooled,  # Rows of [B, H, 1, DV], or of None
     target,  # Rows like output, or of None
     grad_loss_ptr,  # [B]; not read without a target
     grad_loss_step,
     total,  # Rows like output: dO, or of None where it is grad_output
-    delta,  # Rows of [B, H, T, 1]
+    base2,  # Numbers: the logsumexp again
+    delta,  # Numbers
     segments,
     num_examples,
     tiles,
@@ -68,4 +72,9 @@ def prepare(
         b_rounded = b_total.to(total.ptr.dtype.element_ty)
         store_rows(row_pointers(total, example, head, shift + o_row, o_dv), b_rounded, m_row, DV, BLOCK_DV)
         b_total = b_rounded.to(tl.float32)
-    tl.store(vector_pointers(delta, example, head, shift + o_row), tl.sum(b_total * b_output, 1), m_row)
+    tl.store(number_pointer(delta, example, head) + shift + o_row, tl.sum(b_total * b_output, 1), m_row)
+
+    p_logsumexp = row_pointers(logsumexp, example, head, shift + o_row, tl.zeros([1], tl.int32))  # [BLOCK_M, 1]
+    b_logsumexp = tl.sum(tl.load(p_logsumexp, m_row[:, None], other=0.0), 1)
+    b_logsumexp = tl.where(b_logsumexp == float("-inf"), float("inf"), b_logsumexp)
+    tl.store(number_pointer(base2, example, head) + shift + o_row, b_logsumexp * LOG2_E, m_row)

@@ -13,14 +13,13 @@ import triton.language as tl
 from .backward_tiles import (
     find_tile,
     live_rows,
-    load_logsumexp,
     load_rows,
     looks_at,
+    number_pointer,
     probabilities,
     product,
     store_rows,
     store_zeros,
-    vector_pointers,
 )
 from .layout import find_segment, num_tiles, row_pointers
 from .masks import keys_of
@@ -32,8 +31,8 @@ def query_gradient(
     key,  # Rows of [B, KV, Tk, D]
     value,  # Rows of [B, KV, Tk, DV]
     grad_output,  # Rows of [B, H, Tq, DV], all of the output's gradient
-    logsumexp,  # Rows of [B, H, Tq, 1]
-    delta,  # Rows of [B, H, Tq, 1]
+    logsumexp,  # Numbers: of a query's scores, in base 2; +inf without a key
+    delta,  # Numbers: of a query
     grad_query,  # Rows like query; with ONLY zeros, of which the rows that are not 0 are written
     query_segments,
     key_segments,
@@ -68,8 +67,9 @@ def query_gradient(
     o_dv = tl.arange(0, BLOCK_DV)
     b_query = load_rows(row_pointers(query, example, head, first_query + o_row, o_d), m_row, D, BLOCK_D)
     b_grad = load_rows(row_pointers(grad_output, example, head, shift + o_row, o_dv), m_row, DV, BLOCK_DV)
-    b_logsumexp = load_logsumexp(vector_pointers(logsumexp, example, head, shift + o_row), m_row)  # [BLOCK_M]
-    b_delta = tl.load(vector_pointers(delta, example, head, shift + o_row), m_row, other=0.0)  # [BLOCK_M]
+    p_logsumexp = number_pointer(logsumexp, example, head) + shift + o_row
+    b_logsumexp = tl.load(p_logsumexp, m_row, other=float("inf"))  # [BLOCK_M]; +inf: p = 0
+    b_delta = tl.load(number_pointer(delta, example, head) + shift + o_row, m_row, other=0.0)  # [BLOCK_M]
     b_grad_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     # Keys rise with rows: those that any row looks at are [low, high), those that all look at [inner_low, inner_high).

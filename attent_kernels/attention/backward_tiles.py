@@ -6,15 +6,24 @@ output, logsumexp and what goes with them hold one row an example, ``[B, H, 1, Â
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from ..runtime import INTERPRETED
+from .. import runtime
+from ..arithmetic import LOG2_E
 from .layout import find_packed_tile, find_segment
 
-INTERPRETED_ = tl.constexpr(INTERPRETED)
+INTERPRETED = tl.constexpr(runtime.INTERPRETED)
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+
+class Numbers(NamedTuple):
+    """A float32 for each row of each head, those of a head one after another; strides in elements."""
+
+    ptr: Any
+    example: int
+    head: int
 
 
 @triton.jit
@@ -52,10 +61,9 @@ def live_rows(first, rows, ONLY: tl.constexpr):
 
 
 @triton.jit
-def vector_pointers(vector, example, head, row):
-    """Addresses [R] of one number a row."""
-    start = vector.ptr + example.to(tl.int64) * vector.example + head.to(tl.int64) * vector.head
-    return start + row.to(tl.int64) * vector.row
+def number_pointer(numbers, example, head):
+    """Address of the number that belongs to row 0 of an example's head; the next rows' numbers follow."""
+    return numbers.ptr + (example.to(tl.int64) * numbers.example + head.to(tl.int64) * numbers.head)
 
 
 @triton.jit
@@ -108,19 +116,12 @@ def looks_at(row, key, rows, keys, window):
 
 
 @triton.jit
-def load_logsumexp(pointers, inside):
-    """In base 2. A row without a key, whose logsumexp is -inf, and one outside get +inf: exp(s - inf) is their p = 0."""
-    b_logsumexp = tl.load(pointers, inside, other=float("inf"))
-    return tl.where(b_logsumexp == float("-inf"), float("inf"), b_logsumexp) * LOG2_E
-
-
-@triton.jit
 def product(a, b, acc=None):
     """a b, added to float32 ``acc``; float32 operands are not rounded to tf32.
 
     Triton's interpreter holds a bfloat16 as its 16 bits, and up to 3.7 multiplies those: it gets them as float32.
     """
-    if INTERPRETED_ and a.dtype == tl.bfloat16:
+    if INTERPRETED and a.dtype == tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
 
