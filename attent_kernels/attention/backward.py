@@ -1,8 +1,8 @@
 """The gradients of attention in query, key and value: one kernel prepares, one goes over key blocks, one over queries.
 
-Each of the last two computes the probabilities again, from the logsumexp; neither adds to what another program writes.
-So nothing of the size [queries, keys] is stored, and the same call gives the same bits. See the kernels' files for their
-formulas: backward_prepare, backward_key_value, backward_query.
+Each of the last two computes the probabilities again, from the logsumexp, and neither adds to what another program
+writes. So nothing of the size [queries, keys] is stored, and the same call gives the same bits. Formulas are in the
+kernels' files: backward_prepare, backward_key_value, backward_query.
 
 Not yet run on a GPU.
 """

@@ -75,46 +75,44 @@ def key_value_gradients(
     b_grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_grad_value = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
-    # Queries rise with keys: those that look at any key are [low, high), those that look at all [inner_low, inner_high).
-    # Keys past the last have gradients that nobody stores, so they need no mask.
+    # Queries rise with keys: those that look at any of these are [low, high). Keys past the last need no mask: nobody
+    # stores their gradients.
     last_key = tl.minimum(i_key + BLOCK_N, keys) - 1
-    low, inner_high = queries_of(i_key, rows, keys, window)
-    inner_low, high = queries_of(last_key, rows, keys, window)
+    low, _ = queries_of(i_key, rows, keys, window)
+    _, high = queries_of(last_key, rows, keys, window)
     low, high = tl.maximum(low, start), tl.minimum(high, stop)
     low = start + (low - start) // BLOCK_M * BLOCK_M
     high = tl.where(last_key < i_key, low, high)
-    inner_low = tl.minimum(start + tl.cdiv(tl.maximum(inner_low - start, 0), BLOCK_M) * BLOCK_M, high)
-    # Rows past the last are masked by their logsumexp: the tile that holds it is an inner one.
-    if window.left is None:
-        inner_high = high
-    else:
-        inner_high = tl.minimum(start + tl.maximum(inner_high - start, 0) // BLOCK_M * BLOCK_M, high)
 
     for i in range(group):
         head = kv_head * group + i
-        row = first_query + start + tl.arange(0, BLOCK_M)
-        p_query = row_pointers(query, example, head, row, o_d)
-        row = shift + start + tl.arange(0, BLOCK_M)
-        p_grad = row_pointers(grad_output, example, head, row, o_dv)
+        o_row = start + tl.arange(0, BLOCK_M)
+        p_query = row_pointers(query, example, head, first_query + o_row, o_d)
+        p_grad = row_pointers(grad_output, example, head, shift + o_row, o_dv)
         p_logsumexp = number_pointer(logsumexp, example, head) + shift
         p_delta = number_pointer(delta, example, head) + shift
-        at = low
-        if window.right is not None:
-            b_grad_key, b_grad_value = _add_queries(
-                b_grad_key, b_grad_value, b_key, b_value, p_query, p_grad, p_logsumexp, p_delta, query, grad_output, at, inner_low, start, stop, o_key, rows, keys, window, scale, softcap,
-                WANT_KEY, WANT_VALUE, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, True,
-            )  # fmt: skip
-            at = tl.maximum(at, inner_low)
-        b_grad_key, b_grad_value = _add_queries(
-            b_grad_key, b_grad_value, b_key, b_value, p_query, p_grad, p_logsumexp, p_delta, query, grad_output, at, inner_high, start, stop, o_key, rows, keys, window, scale, softcap,
-            WANT_KEY, WANT_VALUE, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, False,
-        )  # fmt: skip
-        if window.left is not None:
-            at = tl.maximum(at, inner_high)
-            b_grad_key, b_grad_value = _add_queries(
-                b_grad_key, b_grad_value, b_key, b_value, p_query, p_grad, p_logsumexp, p_delta, query, grad_output, at, high, start, stop, o_key, rows, keys, window, scale, softcap,
-                WANT_KEY, WANT_VALUE, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, True,
-            )  # fmt: skip
+        for i_row in range(low, high, BLOCK_M):
+            o_row = i_row + tl.arange(0, BLOCK_M)
+            m_row = o_row < stop
+            step = tl.cast(i_row - start, tl.int64)
+            b_query = load_rows(p_query + step * query.row, m_row, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+            b_grad = load_rows(p_grad + step * grad_output.row, m_row, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+            b_logsumexp = tl.load(p_logsumexp + o_row, m_row, other=float("inf"))  # [BLOCK_M]; +inf: p = 0
+
+            b_dot = product(b_key, tl.trans(b_query))  # [BLOCK_N, BLOCK_M], as all below
+            b_p, slope = probabilities(b_dot, b_logsumexp[None, :], scale, softcap)
+            if window.left is not None or window.right is not None:
+                # Of every tile: loops of their own for tiles that need no mask took many more registers, and so did a
+                # branch on sm_80.
+                b_p = tl.where(looks_at(o_row[None, :], o_key[:, None], rows, keys, window), b_p, 0.0)
+            if WANT_VALUE:
+                b_grad_value = product(b_p.to(b_grad.dtype), b_grad, b_grad_value)
+            if WANT_KEY:
+                b_delta = tl.load(p_delta + o_row, m_row, other=0.0)  # [BLOCK_M]
+                b_ds = b_p * (product(b_value, tl.trans(b_grad)) - b_delta[None, :])
+                if softcap is not None:
+                    b_ds = b_ds * slope
+                b_grad_key = product(b_ds.to(b_query.dtype), b_query, b_grad_key)
 
     # Padding has gradient 0, and so have packed keys before the first example's and behind the last one's.
     end = keys if key_segments.cu_ptr is not None else key_segments.most
@@ -138,33 +136,3 @@ def key_value_gradients(
             p_any = row_pointers(grad_value, example, kv_head, o_any, o_dv)
             store_zeros(p_any, grad_value.row, 0, before, DV, BLOCK_N, BLOCK_DV)
             store_zeros(p_any, grad_value.row, first_key + keys, behind, DV, BLOCK_N, BLOCK_DV)
-
-
-@triton.jit
-def _add_queries(
-    b_grad_key, b_grad_value, b_key, b_value, p_query, p_grad, p_logsumexp, p_delta, query, grad_output, low, high, start, stop, o_key, rows, keys, window, scale, softcap,
-    WANT_KEY: tl.constexpr, WANT_VALUE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Go on over queries [low, high). Tiles' pointers are at row ``start``; from row ``stop`` on none has a gradient."""
-    for i_row in range(low, high, BLOCK_M):
-        o_row = i_row + tl.arange(0, BLOCK_M)
-        m_row = o_row < stop
-        step = tl.cast(i_row - start, tl.int64)
-        b_query = load_rows(p_query + step * query.row, m_row, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-        b_grad = load_rows(p_grad + step * grad_output.row, m_row, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
-        b_logsumexp = tl.load(p_logsumexp + o_row, m_row, other=float("inf"))  # [BLOCK_M]; +inf: p = 0
-
-        b_dot = product(b_key, tl.trans(b_query))  # [BLOCK_N, BLOCK_M], as all below
-        b_p, slope = probabilities(b_dot, b_logsumexp[None, :], scale, softcap)
-        if MASKED:
-            b_p = tl.where(looks_at(o_row[None, :], o_key[:, None], rows, keys, window), b_p, 0.0)
-        if WANT_VALUE:
-            b_grad_value = product(b_p.to(b_grad.dtype), b_grad, b_grad_value)
-        if WANT_KEY:
-            b_delta = tl.load(p_delta + o_row, m_row, other=0.0)  # [BLOCK_M]
-            b_ds = b_p * (product(b_value, tl.trans(b_grad)) - b_delta[None, :])
-            if softcap is not None:
-                b_ds = b_ds * slope
-            b_grad_key = product(b_ds.to(b_query.dtype), b_query, b_grad_key)
-    return b_grad_key, b_grad_value

@@ -72,34 +72,29 @@ def query_gradient(
     b_delta = tl.load(number_pointer(delta, example, head) + shift + o_row, m_row, other=0.0)  # [BLOCK_M]
     b_grad_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    # Keys rise with rows: those that any row looks at are [low, high), those that all look at [inner_low, inner_high).
+    # Keys rise with rows: those that any of these rows looks at are [low, high).
     last_row = tl.minimum(first_row + BLOCK_M, stop) - 1
-    low, inner_high = keys_of(first_row, rows, keys, window)
-    inner_low, high = keys_of(last_row, rows, keys, window)
+    low, _ = keys_of(first_row, rows, keys, window)
+    _, high = keys_of(last_row, rows, keys, window)
     low = low // BLOCK_N * BLOCK_N
     high = tl.where(last_row < first_row, low, high)
-    inner_low = tl.minimum(tl.cdiv(inner_low, BLOCK_N) * BLOCK_N, high)
-    inner_high = tl.minimum(tl.maximum(inner_high, 0) // BLOCK_N * BLOCK_N, high)
 
     o_key = tl.arange(0, BLOCK_N)
     p_key = row_pointers(key, example, kv_head, first_key + o_key, o_d)
     p_value = row_pointers(value, example, kv_head, first_key + o_key, o_dv)
-    at = low
-    if window.left is not None:
-        b_grad_query = _add_keys(
-            b_grad_query, b_query, b_grad, b_logsumexp, b_delta, p_key, p_value, key, value, at, inner_low, o_row, rows,
-            keys, window, scale, softcap, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
-        )  # fmt: skip
-        at = tl.maximum(at, inner_low)
-    b_grad_query = _add_keys(
-        b_grad_query, b_query, b_grad, b_logsumexp, b_delta, p_key, p_value, key, value, at, inner_high, o_row, rows,
-        keys, window, scale, softcap, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False,
-    )  # fmt: skip
-    at = tl.maximum(at, inner_high)
-    b_grad_query = _add_keys(
-        b_grad_query, b_query, b_grad, b_logsumexp, b_delta, p_key, p_value, key, value, at, high, o_row, rows,
-        keys, window, scale, softcap, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
-    )  # fmt: skip
+    for i_key in range(low, high, BLOCK_N):
+        o_key = i_key + tl.arange(0, BLOCK_N)
+        step = tl.cast(i_key, tl.int64)
+        b_key = load_rows(p_key + step * key.row, o_key < keys, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        b_value = load_rows(p_value + step * value.row, o_key < keys, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+
+        b_dot = product(b_query, tl.trans(b_key))  # [BLOCK_M, BLOCK_N], as all below
+        b_p, slope = probabilities(b_dot, b_logsumexp[:, None], scale, softcap)
+        b_p = tl.where(looks_at(o_row[:, None], o_key[None, :], rows, keys, window), b_p, 0.0)
+        b_ds = b_p * (product(b_grad, tl.trans(b_value)) - b_delta[:, None])
+        if softcap is not None:
+            b_ds = b_ds * slope
+        b_grad_query = product(b_ds.to(b_key.dtype), b_key, b_grad_query)
 
     # Padding has gradient 0, and so have packed queries before the first example's and behind the last one's.
     p_grad_query = row_pointers(grad_query, example, head, first_query + o_row, o_d)
@@ -115,28 +110,3 @@ def query_gradient(
         behind = tl.where(is_last, query_segments.most, 0)
         store_zeros(p_any, grad_query.row, 0, before, D, BLOCK_M, BLOCK_D)
         store_zeros(p_any, grad_query.row, first_query + rows, behind, D, BLOCK_M, BLOCK_D)
-
-
-@triton.jit
-def _add_keys(
-    b_grad_query, b_query, b_grad, b_logsumexp, b_delta, p_key, p_value, key, value, low, high, o_row, rows,
-    keys, window, scale, softcap, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Go on over keys [low, high), a multiple of BLOCK_N unless MASKED. Pointers are at the example's first key."""
-    for i_key in range(low, high, BLOCK_N):
-        o_key = i_key + tl.arange(0, BLOCK_N)
-        step = tl.cast(i_key, tl.int64)
-        m_key = o_key < keys if MASKED else None
-        b_key = load_rows(p_key + step * key.row, m_key, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        b_value = load_rows(p_value + step * value.row, m_key, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-
-        b_dot = product(b_query, tl.trans(b_key))  # [BLOCK_M, BLOCK_N], as all below
-        b_p, slope = probabilities(b_dot, b_logsumexp[:, None], scale, softcap)
-        if MASKED:
-            b_p = tl.where(looks_at(o_row[:, None], o_key[None, :], rows, keys, window), b_p, 0.0)
-        b_ds = b_p * (product(b_grad, tl.trans(b_value)) - b_delta[:, None])
-        if softcap is not None:
-            b_ds = b_ds * slope
-        b_grad_query = product(b_ds.to(b_key.dtype), b_key, b_grad_query)
-    return b_grad_query

@@ -1,7 +1,7 @@
-"""What the kernels of attention's backward share: whose a tile is, which rows have a gradient, p again from the logsumexp.
+"""What attention's backward kernels share: whose a tile is, which rows have a gradient, p again from the logsumexp.
 
-Rows that have a gradient are all of an example's, or, where the loss looks at nothing but the pooled row, that one. Then
-output, logsumexp and what goes with them hold one row an example, ``[B, H, 1, ·]``, packed examples too.
+Rows that have a gradient are all of an example's, or, where the loss looks at nothing but the pooled row, that one.
+Output, logsumexp and what goes with them then hold one row an example, ``[B, H, 1, ·]``, packed examples too.
 """
 
 from __future__ import annotations
@@ -68,21 +68,11 @@ def number_pointer(numbers, example, head):
 
 @triton.jit
 def load_rows(pointers, row_mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """A tile [R, BLOCK]; 0 in rows [R] outside the mask, which may be NaN in memory, and in columns from WIDTH on.
-
-    A mask of None is one of all rows: whole tiles are loaded without any.
-    """
-    column_mask = (tl.arange(0, BLOCK) < WIDTH)[None, :]
-    if row_mask is None:
-        if WIDTH == BLOCK:
-            b_rows = tl.load(pointers)
-        else:
-            b_rows = tl.load(pointers, column_mask, other=0.0)
-    elif WIDTH == BLOCK:
-        b_rows = tl.load(pointers, row_mask[:, None], other=0.0)
-    else:
-        b_rows = tl.load(pointers, row_mask[:, None] & column_mask, other=0.0)
-    return b_rows
+    """A tile [R, BLOCK]; 0 in rows [R] outside the mask, which may be NaN in memory, and in columns from WIDTH on."""
+    mask = row_mask[:, None]
+    if WIDTH != BLOCK:
+        mask = mask & (tl.arange(0, BLOCK) < WIDTH)[None, :]
+    return tl.load(pointers, mask, other=0.0)
 
 
 @triton.jit

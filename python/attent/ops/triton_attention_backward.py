@@ -1,6 +1,34 @@
-"""Scored attention's gradients by the Triton kernels: the readout's in PyTorch, attention's in three launches.
+"""Scored attention's gradients by Triton kernels: the readout's in PyTorch, attention's in three launches.
 
-Why not PyTorch's own backward kernels where they would do: see :mod:`.pytorch_attention_backwards`.
+PyTorch has backward kernels of its own, for CUDA: aten::_scaled_dot_product_{flash,efficient,cudnn}_attention_backward.
+What they take of what this op knows, after PyTorch's sources (aten/src/ATen/native/transformers/cuda/
+attention_backward.cu, …/mem_eff_attention/kernel_backward.h; read, not run)::
+
+    a call has     | flash                       | efficient                   | cuDNN
+    ---------------|-----------------------------|-----------------------------|----------------------------
+    logsumexp      | natural, float32 [B, H, Tq] | natural, float32 [B, H, Tq],| natural, float32 [B, H, Tq],
+                   | contiguous                  | strides of B and H multiples| read as [B, H, Tq, 1]
+                   |                             | of 8: a copy, padded        |
+    row, no key    | logsumexp must be +inf      | logsumexp must be +inf      | not certain
+    is_causal      | from the bottom right, which| from the top left: exact    | from the top left: exact
+                   | SDPA itself refuses unless  | where Tq = Tk               | where Tq = Tk
+                   | Tq = Tk                     |                             |
+    window         | not by this op              | no                          | no
+    softcap        | no: 0 is written into it    | no                          | no
+    lengths        | no                          | no                          | no
+    packed         | by _flash_attention_backward| by _efficient_…, from the   | as nested tensors
+                   | with max lengths, on host   | top left, max lengths       |
+    Dv != D        | no                          | yes                         | not certain
+    Hq != Hkv      | yes                         | no: repeat heads            | not certain
+    float32        | no                          | yes                         | no
+    last stride    | 1                           | 1                           | 1
+    wanted         | computes all three          | computes all three          | computes all three
+    the same bits  | only in deterministic mode  | only in deterministic mode  | "non-deterministic" by default
+
+So in the plain case (no window, softcap, lengths or packing, D = Dv a multiple of 8, equal head counts, scale > 0,
+half precision, every row with a key, and causal only where Tq = Tk) all three are exact in mathematics; flash and
+cuDNN could be faster on a GPU. None is used: that they are faster here is not measured, and none promises the same bits
+twice, as this op does.
 """
 
 from __future__ import annotations
