@@ -33,14 +33,16 @@ class Block(nn.Module):
 class ByteGPT(nn.Module):
     """Bytes in, hidden states out; ``head`` [256, D], untied and without bias, makes logits of them."""
 
-    def __init__(self, context: int, width: int = 96, heads: int = 4, depth: int = 3) -> None:
+    def __init__(
+        self, context: int, width: int = 96, heads: int = 4, depth: int = 3, embedding_std: float = 1.0
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, width)
+        nn.init.normal_(self.embed.weight, std=embedding_std)
         self.position = nn.Parameter(0.02 * torch.randn(context, width))
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
-        nn.init.normal_(self.embed.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:  # [B, T] -> [B, T, D]
         return self.norm(self.blocks(self.embed(tokens) + self.position[: tokens.shape[1]]))
@@ -54,7 +56,7 @@ def read_texts(source: str | Path) -> Tensor:
     else:
         with tarfile.open(path) as archive:
             members = sorted((m for m in archive if m.isfile() and m.name.endswith(".txt")), key=lambda m: m.name)
-            contents = [archive.extractfile(m).read() for m in members]  # type: ignore[union-attr]
+            contents = [archive.extractfile(m).read() for m in members]
     if not contents:
         raise ValueError(f"--texts: got {source}; takes a folder or a tar archive with .txt files")
     return torch.frombuffer(bytearray(b"\n".join(contents)), dtype=torch.uint8)

@@ -2,11 +2,15 @@
 
 The true norm of example i is that of the gradient of its own loss L_i = s Σ_t ℓ_t in *all* parameters, by one autograd
 call per example. Beside it stand all scores of the same forward: their rank correlation with it (Spearman), and whom
-they choose. Three learners, each at initialisation, early, and after a brief training:
+they choose. Four learners, each at initialisation, early, and after a brief training:
 
-GPT, one length     bytes of the texts, every example as long: s changes nothing
-GPT, mixed lengths  lengths log-uniform: s = 1/n, 1/√n and 1 choose different examples
-ViT                 the demo's, on its images: one token per example, so s changes nothing
+GPT, one length         bytes of the texts, every example as long: s changes nothing
+GPT, small embeddings   the same from embeddings of standard deviation 0.02, as GPT-2 starts, instead of PyTorch's 1: the
+                        first layer norm then multiplies their gradients, which outweigh all others in the norm
+GPT, mixed lengths      lengths log-uniform: s = 1/n, 1/√n and 1 choose different examples
+ViT                     the demo's, on its images: one token per example, so s changes nothing
+
+So the norm over all parameters but the embeddings (of tokens or patches, and positions) is measured too.
 
 Each with several seeds, which draw weights, batches and the examples that are scored.
 """
@@ -61,9 +65,9 @@ class Learner(NamedTuple):
 class Scale(NamedTuple):
     """How much is trained and scored."""
 
-    at: tuple[int, ...] = (0, 100, 400)  # training steps after which examples are scored
-    batch: int = 32
-    examples: int = 256
+    at: tuple[int, ...] = (0, 100, 300)  # training steps after which examples are scored
+    batch: int = 16
+    examples: int = 200
     length: int = 64  # of the GPT's examples where all are as long
     lengths: tuple[int, int] = (8, 128)  # and where they are not
 
@@ -78,9 +82,15 @@ def mixed_lengths(scale: Scale, generator: torch.Generator, count: int) -> Tenso
     return (low + (high - low) * torch.rand(count, generator=generator)).exp().round().long()
 
 
-def gpt(texts: Tensor, scale: Scale, lengths_of: Callable[[Scale, torch.Generator, int], Tensor], seed: int) -> Learner:
+def gpt(
+    texts: Tensor,
+    scale: Scale,
+    lengths_of: Callable[[Scale, torch.Generator, int], Tensor],
+    seed: int,
+    embedding_std: float = 1.0,
+) -> Learner:
     generator = torch.Generator().manual_seed(seed)
-    model = ByteGPT(max(scale.length, scale.lengths[1]))
+    model = ByteGPT(max(scale.length, scale.lengths[1]), embedding_std=embedding_std)
 
     def draw(count: int) -> Examples:
         lengths = lengths_of(scale, generator, count)
@@ -128,16 +138,19 @@ def train(learner: Learner, scale: Scale) -> Iterator[int]:
         optimizer.zero_grad()
 
 
-def true_norms(learner: Learner, examples: Examples) -> Tensor:
-    """‖∂ Σ_t ℓ_t / ∂θ‖ of each example alone over all parameters θ, [B]."""
+def true_norms(learner: Learner, examples: Examples) -> dict[str, Tensor]:
+    """‖∂ Σ_t ℓ_t / ∂θ‖ of each example alone, [B]: θ all parameters, or all but the embeddings."""
+    names = [name.partition(".")[0] for name, _ in learner.model.named_parameters()]
+    inner = torch.tensor([name not in ("embed", "position") for name in names])
     norms = []
     for i in range(len(examples.target)):
         example = examples.one(i)
         logits = learner.head(learner.hidden(example.input))
         loss = F.cross_entropy(logits.flatten(0, 1), example.target.flatten(), reduction="sum")
         gradients = torch.autograd.grad(loss, list(learner.model.parameters()))
-        norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm())
-    return torch.stack(norms)
+        norms.append(torch.stack([gradient.norm() for gradient in gradients]))
+    each = torch.stack(norms)  # [B, tensors]
+    return {"all parameters": each.norm(dim=1), "all but embeddings": each[:, inner].norm(dim=1)}
 
 
 def scores_of(learner: Learner, examples: Examples) -> dict[str, Tensor]:
@@ -180,22 +193,26 @@ def measure(learner: Learner, scale: Scale) -> Iterator[dict[str, Any]]:
     """One entry per step of ``scale.at``: rank correlations and, where lengths differ, who is chosen."""
     for step in train(learner, scale):
         examples = learner.draw(scale.examples)
-        true, scores = true_norms(learner, examples), scores_of(learner, examples)
-        lengths = examples.lengths.to(true.dtype)
+        scores, true = scores_of(learner, examples), true_norms(learner, examples)
+        lengths = examples.lengths.to(scores["loss"].dtype)
         one_length = bool((lengths == lengths[0]).all())
         scalings = ("sum",) if one_length else PER_EXAMPLE
         candidates = {("loss", "mean"): scores["loss"]}
         candidates |= {(name, s): scaled(scores[name], lengths, s) for name in SCORES[1:] for s in scalings}
-        truths = {s: scaled(true, lengths, s) for s in scalings}
+        truths = {of: {s: scaled(norms, lengths, s) for s in scalings} for of, norms in true.items()}
         entry: dict[str, Any] = {"step": step, "mean loss": float(scores["loss"].mean()), "scores": []}
+        embeddings = 1 - (true["all but embeddings"] / true["all parameters"]).square()
+        entry["embeddings' share of the squared norm"] = float(embeddings.mean())
         for (name, s), values in candidates.items():
             row: dict[str, Any] = {"score": name, "per_example": s}
-            row["spearman"] = {of: spearman(values, truth) for of, truth in truths.items()}
+            for of, by_scaling in truths.items():
+                row[f"spearman, {of}"] = {s: spearman(values, truth) for s, truth in by_scaling.items()}
             if not one_length:
                 row["chosen"] = shares_chosen(values, lengths)
             entry["scores"].append(row)
         if not one_length:
-            entry["true norm chooses"] = {s: shares_chosen(truth, lengths) for s, truth in truths.items()}
+            by_scaling = truths["all parameters"]
+            entry["true norm chooses"] = {s: shares_chosen(truth, lengths) for s, truth in by_scaling.items()}
         yield entry
 
 
@@ -221,6 +238,7 @@ def over_seeds(runs: list[Any]) -> Any:
 def run(texts: Tensor, images: Images, scale: Scale, seeds: int) -> dict[str, Any]:
     learners: dict[str, Callable[[int], Learner]] = {
         "GPT, one length": lambda seed: gpt(texts, scale, fixed_lengths, seed),
+        "GPT, small embeddings": lambda seed: gpt(texts, scale, fixed_lengths, seed, embedding_std=0.02),
         "GPT, mixed lengths": lambda seed: gpt(texts, scale, mixed_lengths, seed),
         "ViT": lambda seed: vit(images, seed),
     }
@@ -236,7 +254,9 @@ def run(texts: Tensor, images: Images, scale: Scale, seeds: int) -> dict[str, An
         settings[name]["steps"] = over_seeds(runs)
         print(name, f"{settings[name]['processor seconds']:.0f} s", flush=True)
         for row in settings[name]["steps"][-1]["scores"]:
-            shown = ", ".join(f"{s} {v['mean']:.2f} ± {v['sd']:.2f}" for s, v in row["spearman"].items())
+            shown = ", ".join(
+                f"{s} {v['mean']:.2f} ± {v['sd']:.2f}" for s, v in row["spearman, all parameters"].items()
+            )
             print(f"  {row['score']:7} {row['per_example']:5} Spearman with the true norm: {shown}", flush=True)
     return {"provenance": provenance(), "seeds": seeds, "scale": scale._asdict(), "learners": settings}
 
@@ -245,7 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.score_quality", description=__doc__.split("\n")[0])
     parser.add_argument("--texts", required=True, help="a folder or a tar archive of .txt files")
     parser.add_argument("--images", default="subset", help="as attent demo's --data (default: the shipped subset)")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--save", action="store_true", help="keep the result under benchmarks/results/score_quality/")
     asked = parser.parse_args(arguments)
     if asked.seeds < 2:

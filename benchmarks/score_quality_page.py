@@ -9,6 +9,7 @@ from typing import Any
 
 from .provenance import RESULTS
 
+TRUTHS = ("all parameters", "all but embeddings")
 PAGE = RESULTS.parent.parent / "docs" / "score-quality.md"
 
 
@@ -25,7 +26,11 @@ def lines() -> Iterator[str]:
     yield ""
     yield from _one_length(learners["GPT, one length"])
     yield ""
-    yield f"## The same, lengths from {low} to {high} bytes (log-uniform)"
+    yield "The same, from embeddings of standard deviation 0.02 (as GPT-2 starts) instead of 1 (PyTorch's default):"
+    yield ""
+    yield from _one_length(learners["GPT, small embeddings"])
+    yield ""
+    yield f"## The same language model, lengths from {low} to {high} bytes (log-uniform)"
     yield ""
     yield from _mixed_lengths(learners["GPT, mixed lengths"])
     yield ""
@@ -39,36 +44,44 @@ def lines() -> Iterator[str]:
 def _one_length(learner: dict[str, Any]) -> Iterator[str]:
     """Rank correlations, a column for each training step that was looked at."""
     steps = learner["steps"]
-    yield "| score | " + " | ".join(_when(entry["step"]) for entry in steps) + " |"
-    yield "|---|" + "---|" * len(steps)
-    for i, row in enumerate(steps[0]["scores"]):
-        cells = (_correlation(next(iter(entry["scores"][i]["spearman"].values()))) for entry in steps)
-        yield f'| `"{row["score"]}"` | ' + " | ".join(cells) + " |"
+    yield "| score | true norm over | " + " | ".join(_when(entry["step"]) for entry in steps) + " |"
+    yield "|---|---|" + "---|" * len(steps)
+    for of in TRUTHS:
+        for i, row in enumerate(steps[0]["scores"]):
+            cells = (_correlation(next(iter(entry["scores"][i][f"spearman, {of}"].values()))) for entry in steps)
+            yield f'| `"{row["score"]}"` | {of} | ' + " | ".join(cells) + " |"
     yield ""
-    losses = ", ".join(f"{entry['mean loss']['mean']:.2f} {_when(entry['step'])}" for entry in steps)
-    yield f"{learner['parameters']:,} parameters; mean loss {losses}."
+    yield _about(learner)
 
 
 def _mixed_lengths(learner: dict[str, Any]) -> Iterator[str]:
     """After the last step: correlation with the true norm of each L_i, and who is chosen."""
     last = learner["steps"][-1]
     scalings = list(last["true norm chooses"])
-    yield f"{_when(last['step']).capitalize()}; the first columns are against the true norm of the L_i that they name."
+    yield f"{_when(last['step']).capitalize()}; the middle columns are against the true norm of the L_i that they name."
     yield ""
     yield (
         "| score | `per_example` | " + " | ".join(f'`"{s}"`' for s in scalings) + " | shortest third | longest third |"
     )
     yield "|---|---|" + "---|" * (len(scalings) + 2)
     for row in last["scores"]:
-        cells = " | ".join(_correlation(row["spearman"][s]) for s in scalings)
+        cells = " | ".join(_correlation(row["spearman, all parameters"][s]) for s in scalings)
         scaling = "(always a mean)" if row["score"] == "loss" else f'`"{row["per_example"]}"`'
         yield f'| `"{row["score"]}"` | {scaling} | {cells} | {_shares(row["chosen"])} |'
     for s in scalings:
         blank = " | ".join("1" if s == other else "" for other in scalings)
         yield f'| true norm | `"{s}"` | {blank} | {_shares(last["true norm chooses"][s])} |'
     yield ""
-    losses = ", ".join(f"{entry['mean loss']['mean']:.2f} {_when(entry['step'])}" for entry in learner["steps"])
-    yield f"{learner['parameters']:,} parameters; mean loss {losses}."
+    yield _about(learner)
+
+
+def _about(learner: dict[str, Any]) -> str:
+    def at_each_step(of: str, form: str) -> str:
+        return ", ".join(f"{entry[of]['mean']:{form}} {_when(entry['step'])}" for entry in learner["steps"])
+
+    shares = at_each_step("embeddings' share of the squared norm", ".0%").replace("%", " %")
+    losses = at_each_step("mean loss", ".2f")
+    return f"{learner['parameters']:,} parameters; the embeddings' share of the squared norm: {shares}; mean loss: {losses}."
 
 
 def _origin(path: Path, result: dict[str, Any]) -> Iterator[str]:

@@ -17,6 +17,7 @@ from benchmarks.score_quality import (
     Examples,
     Learner,
     Scale,
+    fixed_lengths,
     gpt,
     mixed_lengths,
     run,
@@ -45,8 +46,19 @@ def test_the_true_norm_of_a_model_that_is_only_a_head_is_its_head_score() -> Non
     learner = Learner(head, lambda input: table[input], head, draw)
     # Float32 sums of 5 × 11 products: relative errors of some 60 units of roundoff at the very most.
     torch.testing.assert_close(
-        scores_of(learner, examples)["head"], true_norms(learner, examples), rtol=60 * 2**-24, atol=0
+        scores_of(learner, examples)["head"], true_norms(learner, examples)["all parameters"], rtol=60 * 2**-24, atol=0
     )
+
+
+def test_embeddings_of_tokens_and_positions_are_left_out_where_it_says_so() -> None:
+    learner = gpt(TEXT, Scale(), fixed_lengths, seed=0)
+    examples = learner.draw(1)
+    model = learner.model
+    logits = learner.head(model(examples.input))
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), examples.target.flatten(), reduction="sum")
+    inner = [*model.blocks.parameters(), *model.norm.parameters(), *model.head.parameters()]
+    squares = [gradient.square().sum() for gradient in torch.autograd.grad(loss, inner)]
+    torch.testing.assert_close(true_norms(learner, examples)["all but embeddings"], sum(squares).sqrt()[None])
 
 
 def test_padding_changes_neither_the_true_norms_nor_the_scores() -> None:
@@ -98,8 +110,13 @@ def test_the_whole_benchmark_runs_small(capsys: pytest.CaptureFixture[str]) -> N
         ("logit", "mean"),
         ("logit", "rms"),
     ]
-    assert all(-1 <= row["spearman"]["rms"]["mean"] <= 1 for row in mixed[1]["scores"])
-    assert set(result["learners"]["ViT"]["steps"][0]["scores"][0]) == {"score", "per_example", "spearman"}
+    assert all(-1 <= row["spearman, all parameters"]["rms"]["mean"] <= 1 for row in mixed[1]["scores"])
+    assert set(result["learners"]["ViT"]["steps"][0]["scores"][0]) == {
+        "score",
+        "per_example",
+        "spearman, all parameters",
+        "spearman, all but embeddings",
+    }
     assert "ViT" in capsys.readouterr().out
 
 
