@@ -5,8 +5,8 @@ call per example. Beside it stand all scores of the same forward: their rank cor
 they choose. Four learners, each at initialisation, early, and after a brief training:
 
 GPT, one length         bytes of the texts, every example as long: s changes nothing
-GPT, small embeddings   the same from embeddings of standard deviation 0.02, as GPT-2 starts, instead of PyTorch's 1: the
-                        first layer norm then multiplies their gradients, which outweigh all others in the norm
+GPT, small embeddings   the same from embeddings of standard deviation 0.02, as GPT-2 starts, instead of PyTorch's 1:
+                        the first layer norm then multiplies their gradients, which outweigh all others in the norm
 GPT, mixed lengths      lengths log-uniform: s = 1/n, 1/√n and 1 choose different examples
 ViT                     the demo's, on its images: one token per example, so s changes nothing
 
@@ -242,6 +242,7 @@ def run(texts: Tensor, images: Images, scale: Scale, seeds: int) -> dict[str, An
         "GPT, mixed lengths": lambda seed: gpt(texts, scale, mixed_lengths, seed),
         "ViT": lambda seed: vit(images, seed),
     }
+    result: dict[str, Any] = {"provenance": provenance(), "seeds": seeds, "scale": scale._asdict()}
     settings = {}
     for name, make in learners.items():
         start, runs = time.process_time(), []
@@ -258,7 +259,7 @@ def run(texts: Tensor, images: Images, scale: Scale, seeds: int) -> dict[str, An
                 f"{s} {v['mean']:.2f} ± {v['sd']:.2f}" for s, v in row["spearman, all parameters"].items()
             )
             print(f"  {row['score']:7} {row['per_example']:5} Spearman with the true norm: {shown}", flush=True)
-    return {"provenance": provenance(), "seeds": seeds, "scale": scale._asdict(), "learners": settings}
+    return result | {"learners": settings}
 
 
 def main(arguments: list[str] | None = None) -> None:

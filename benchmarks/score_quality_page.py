@@ -81,7 +81,8 @@ def _about(learner: dict[str, Any]) -> str:
 
     shares = at_each_step("embeddings' share of the squared norm", ".0%").replace("%", " %")
     losses = at_each_step("mean loss", ".2f")
-    return f"{learner['parameters']:,} parameters; the embeddings' share of the squared norm: {shares}; mean loss: {losses}."
+    embeddings = f"the embeddings' share of the squared norm: {shares}"
+    return f"{learner['parameters']:,} parameters; {embeddings}; mean loss: {losses}."
 
 
 def _origin(path: Path, result: dict[str, Any]) -> Iterator[str]:
