@@ -33,8 +33,8 @@ import attent
 from attent.demo.data import Images, load
 from attent.demo.learner import VisionTransformer
 
-from .byte_gpt import ByteGPT, read_texts
 from .provenance import provenance, save
+from .small_gpt import SmallGPT, read_texts
 
 SCORES = ("loss", "logit", "hidden", "head")
 PER_EXAMPLE = ("mean", "rms", "sum")
@@ -90,7 +90,7 @@ def gpt(
     embedding_std: float = 1.0,
 ) -> Learner:
     generator = torch.Generator().manual_seed(seed)
-    model = ByteGPT(max(scale.length, scale.lengths[1]), embedding_std=embedding_std)
+    model = SmallGPT(max(scale.length, scale.lengths[1]), embedding_std=embedding_std)
 
     def draw(count: int) -> Examples:
         lengths = lengths_of(scale, generator, count)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from attent.demo.data import load
-from benchmarks.byte_gpt import read_texts
 from benchmarks.score_quality import (
     IGNORED,
     Examples,
@@ -27,6 +26,7 @@ from benchmarks.score_quality import (
     spearman,
     true_norms,
 )
+from benchmarks.small_gpt import read_texts
 
 TEXT = (torch.arange(4096) * 7919 % 251).to(torch.uint8)
 

@@ -1,4 +1,4 @@
-"""A small language model on bytes, and the texts it reads: what studies on language train."""
+"""A small language model and the texts it reads, byte by byte: what studies on language train."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-VOCABULARY = 256
+BYTES = 256
 
 
 class Block(nn.Module):
@@ -30,19 +30,25 @@ class Block(nn.Module):
         return x + self.perceptron(self.perceptron_norm(x))
 
 
-class ByteGPT(nn.Module):
-    """Bytes in, hidden states out; ``head`` [256, D], untied and without bias, makes logits of them."""
+class SmallGPT(nn.Module):
+    """Tokens in, hidden states out; ``head`` [V, D], untied and without bias, makes logits of them."""
 
     def __init__(
-        self, context: int, width: int = 96, heads: int = 4, depth: int = 3, embedding_std: float = 1.0
+        self,
+        context: int,
+        width: int = 96,
+        heads: int = 4,
+        depth: int = 3,
+        vocabulary: int = BYTES,
+        embedding_std: float = 1.0,
     ) -> None:
         super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, width)
+        self.embed = nn.Embedding(vocabulary, width)
         nn.init.normal_(self.embed.weight, std=embedding_std)
         self.position = nn.Parameter(0.02 * torch.randn(context, width))
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        self.head = nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:  # [B, T] -> [B, T, D]
         return self.norm(self.blocks(self.embed(tokens) + self.position[: tokens.shape[1]]))
