@@ -56,7 +56,8 @@ def main(
         if asked.rows and asked.rows not in workload.key:
             continue
         rounds = asked.rounds or ROUNDS[asked.scale]
-        row = measure(workload, device, ceilings, rounds, tuple(asked.contenders))
+        warmup = 0 if asked.scale == "tiny" else 2
+        row = measure(workload, device, ceilings, rounds, tuple(asked.contenders), warmup)
         result["rows"][workload.key] = row
         print(table(workload.key, row) + "\n", flush=True)
     if asked.save:

@@ -91,10 +91,27 @@ class Workload:
     summary: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: {}  # further ratios, of the finished row
 
 
+class Progress:
+    """What a watching process knows of a row: the contender that runs for the first time, and who broke it before."""
+
+    def __init__(self, broken: Mapping[str, str] | None = None) -> None:
+        self.broken = broken or {}
+
+    def enter(self, contender: str | None) -> None:
+        """``contender`` runs now, alone; None: none does."""
+
+
 def measure(
-    workload: Workload, device: Device, ceilings: dict[str, Any], rounds: int, names: tuple[str, ...] = ()
+    workload: Workload,
+    device: Device,
+    ceilings: dict[str, Any],
+    rounds: int,
+    names: tuple[str, ...] = (),
+    warmup: int = 2,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The row: every contender's time, error and memory, or why there is none; of those in ``names``, if any."""
+    progress = progress or Progress()
     problem = workload.problem(device.torch)
     # Computed anew for each contender they would cost more time than the contenders; kept they take little memory.
     truth = {name: value.detach() for name, value in workload.truth(problem).items()}
@@ -105,11 +122,16 @@ def measure(
         if names and contender.name not in names:
             continue
         entry = entries[contender.name] = {}
+        if contender.name in progress.broken:
+            entry["failed"] = progress.broken[contender.name]
+            continue
+        progress.enter(contender.name)
         call = _admit(contender, problem, truth, allowed, entry, device)
         if call is not None:
             calls[contender.name] = call
         _clean(device)
-    timings = interleave(calls, rounds, warmup=2, timed=device.timed)
+    progress.enter(None)
+    timings = interleave(calls, rounds, warmup, timed=device.timed)
     bound = max(
         workload.flops / ceilings["matrix product, FLOPs a second"], workload.bytes / ceilings["copy, bytes a second"]
     )
@@ -135,7 +157,7 @@ def budgets(truth: Results, peer: Results, dtype: torch.dtype, terms: int) -> di
     """The error that is allowed of each result. Results that are not floating (indices) have none."""
     roundoff = torch.finfo(dtype).eps / 2 + terms**0.5 * torch.finfo(torch.float32).eps / 2
     return {
-        name: 2 * difference(peer[name], value) + roundoff * float(value.abs().max())
+        name: 2 * difference(peer[name], value) + roundoff * (float(value.abs().max()) if value.numel() else 0.0)
         for name, value in truth.items()
         if value.is_floating_point()
     }
@@ -169,6 +191,7 @@ def _admit(
             entry["unavailable"] = said.split(" cannot: ")[-1]
         else:
             entry["failed"] = said
+            device.must_be_well()
         return None
     if memory is not None:
         entry["peak extra MiB"] = memory

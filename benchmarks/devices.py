@@ -20,6 +20,10 @@ from . import timing
 HEAD_START_CYCLES = 3_000_000
 
 
+class DeviceLost(Exception):
+    """After an illegal access every later call of the process fails."""
+
+
 class Device:
     """Where tensors live and how a call on them is timed."""
 
@@ -69,6 +73,16 @@ class Device:
         call()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+    def must_be_well(self) -> None:
+        """Raise :class:`DeviceLost` if nothing can run in this process any more."""
+        if self.kind == "cpu":
+            return
+        try:
+            torch.cuda.synchronize()
+            torch.ones(1, device="cuda").item()
+        except RuntimeError as error:
+            raise DeviceLost(str(error).split("\n")[0]) from error
 
     def ceilings(self, tiny: bool = False) -> dict[str, Any]:
         """Measured here and now: bytes a second of a large copy, FLOPs a second of a large matrix product.

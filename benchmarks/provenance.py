@@ -21,10 +21,11 @@ RESULTS = Path(__file__).parent / "results"
 
 def provenance() -> dict[str, Any]:
     """What a reader needs to judge or repeat a result. No host or user names."""
+    status = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "date": date.today().isoformat(),
         "commit": commit(),
-        "uncommitted_changes": _git("status", "--porcelain", "--untracked-files=no") != "",
+        "uncommitted_changes": {"": False, "unknown": "unknown"}.get(status, True),
         "attent": attent.__version__,
         "native_module": native.unavailable() or "available",
         "torch": torch.__version__,
@@ -37,7 +38,11 @@ def provenance() -> dict[str, Any]:
 
 def gpu_provenance(rivals: tuple[str, ...] = ()) -> dict[str, Any]:
     """The same with what a result on a GPU depends on, and the versions of ``rivals`` that are installed."""
-    found = {"triton": _version("triton"), "CUDA": torch.version.cuda or "none: torch is built without it"}
+    interpreted = " (in its interpreter)" if os.environ.get("TRITON_INTERPRET") == "1" else ""
+    found = {
+        "triton": _version("triton") + interpreted,
+        "CUDA": torch.version.cuda or "none: torch is built without it",
+    }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         found |= {

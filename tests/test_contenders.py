@@ -144,7 +144,11 @@ def test_the_truth_of_attention_is_the_specification(which: int) -> None:
 @pytest.mark.parametrize(("program", "rows"), [(linear_cross_entropy, "48×16"), (attention, "T"), (select, "k 150")])
 def test_the_tiny_scale_of_every_benchmark_measures_attent_and_pytorch(program: Any, rows: str, tmp_path: Path) -> None:
     json = str(tmp_path / "result.json")
-    result = program.main(["--scale", "tiny", "--rounds", "1", "--rows", rows, "--json", json])
+    workloads = program.workloads("tiny")
+    # In the interpreter a kernel takes half a second: one per benchmark is enough to see that it is measured.
+    names = [contender.name for contender in workloads[0].contenders.all]
+    names = [name for name in names if not name.startswith("attent triton") or name.endswith("triton + top-k")]
+    result = program.main(["--scale", "tiny", "--rounds", "1", "--rows", rows, "--json", json, "--contenders", *names])
     assert len(result["rows"]) == 2
     for row in result["rows"].values():
         timed = {name for name, entry in row["contenders"].items() if "seconds" in entry}
