@@ -1,4 +1,4 @@
-"""Elementary functions that kernels share, with their errors on a GPU.
+"""Arithmetic that kernels share, with its errors on a GPU.
 
 ``tl.exp2`` and ``tl.log2`` are one instruction each there: ex2.approx errs by 2^-22 of its result; lg2.approx by 2^-22
 of its result above 2 and below 1/2, and by 2^-22 absolutely in between (PTX ISA), which near 1 is all of the result.
@@ -9,8 +9,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import runtime
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+_INTERPRETED = tl.constexpr(runtime.INTERPRETED)
+
+
+@triton.jit
+def dot(a, b, sum):
+    """a b + sum, added up in float32; products of float32 in float32, not TF32."""
+    if _INTERPRETED:  # whose product takes the bits of bfloat16 for integers
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, sum, input_precision="ieee")
 
 
 @triton.jit

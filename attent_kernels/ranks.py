@@ -70,11 +70,12 @@ def code_of_rank(rank):
 @triton.jit
 def log_weight(score, temperature):
     """φ = log(score) / temperature, finite: NaN and +inf count as the largest number, what is below normal as the
-    smallest normal one."""
+    smallest normal one, temperatures below 1e-30 as that."""
     bits = score.to(tl.int32, bitcast=True)
     is_nan = (bits & _INDEX_MASK) > _INFINITY
     positive = tl.minimum(tl.maximum(tl.where(is_nan, _LARGEST, score), _TINY), _LARGEST)
-    return tl.div_rn(tl.log(positive), temperature)
+    # A number below 2^-126 comes as float64 in the interpreter.
+    return tl.div_rn(tl.log(positive), tl.maximum(tl.cast(temperature, tl.float32), 1e-30))
 
 
 @triton.jit
@@ -115,7 +116,7 @@ def probability_above(phi, threshold):
     For y < ½ by Taylor's series: what comes after its nine terms is below 2^-9 / 10! < 2^-30 of the first. From there
     on the difference is above 0.39, and the rounding of exp(-y) at most 0.61 / 0.39 of a unit in it.
     """
-    y = tl.exp(phi - threshold)
+    y = tl.exp(tl.minimum(phi - threshold, 8.0))  # q is 1 from y = 104 on, where exp(-y) is 0 next to it
     z = tl.minimum(y, 0.5)
     series = 1 / 40320 - z * (1 / 362880)
     series = 1 / 5040 - z * series

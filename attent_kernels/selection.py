@@ -9,10 +9,14 @@ Hard, or Gumbel top-k with a floor, and the inclusion probabilities: what ``atte
    A hard choice from up to 512 is a sort of the pool: 2 and the compaction fall away.
 With a floor, 2 is done again on the floor's noise of those that were not taken.
 
-Cost, estimated from instruction counts (not yet run on a GPU), 4 warps, in cycles: a histogram takes about 75
-instructions for each 32 keys, a pass over 2,048 keys so about 1,500. Distinct float32 scores take 3 to 4 passes, equal
-ones up to 8; the sort of the k comes on top. In microseconds per thousand examples, k = n / 2: 4 to 6 hard, twice that
-with noise and a floor, half of it on 8 warps.
+Cost, estimated from instruction counts since it has not run on a GPU yet, in cycles on 4 warps. A histogram takes 75
+instructions for 32 ranks, so a pass 1,000 for each 1,024 examples and 600 on top; distinct float32 scores take 3 to 4
+passes, equal ones up to 8. Ranking takes 300 for each 1,024, 900 with noise, compaction 500. The sort of the k
+(``block_sort.py``) is the larger part for large k: 225 a step and 1,024 keys. At 1.75 GHz, in µs:
+
+    n, k                            512, 256    2,048, 1,024    16,384, 1,024    16,384, 8,192
+    hard                                   4              15               50              135
+    with noise and a floor                10              27              110              195
 
 Scratch memory and scores are read past the L1 cache. A barrier lies between what is stored and where it is loaded.
 """
@@ -41,8 +45,8 @@ from .ranks import (
 #: A larger pool ends its launch with scores: one program alone would take too long over it.
 MAX_IN_LAUNCH = 16384
 
-#: How many examples a pass looks at, and how many keys are sorted, at a time. On 4 warps that is 8 a thread: the noise's
-#: temporaries, or the keys and their partners, fit the registers.
+#: How many examples a pass looks at, and how many keys are sorted, at a time. On 4 warps that is 8 a thread: the
+#: temporaries of the noise, or the keys and their partners, fit the registers.
 _CHUNK = tl.constexpr(1024)
 #: Up to here a smaller tensor is sorted, in fewer cycles; and a hard choice sorts the pool rather than select first.
 _FEW = tl.constexpr(512)
@@ -62,13 +66,14 @@ def select_in_block(
     k_floor,  # how many of the k are drawn uniformly
     temperature,
     seed_ptr,  # int64 [1]; not read unless GUMBEL or FLOOR
-    index_ptr,  # int64 [k], output; in the order of the scores
+    index_ptr,  # int64 [k], output
     chosen_score_ptr,  # like the scores [k], output
     inclusion_ptr,  # float32 [k], output
     scratch_ptr,  # int64 [scratch_length(n)]
     HAS_VALID: tl.constexpr,
     GUMBEL: tl.constexpr,  # temperature > 0
     FLOOR: tl.constexpr,  # k_floor > 0
+    SORTED: tl.constexpr = True,  # False: in the order of the indices
 ):
     """Choose k of n <= MAX_IN_LAUNCH examples. Called by one program, on any number of warps."""
     NOISY: tl.constexpr = GUMBEL or FLOOR
@@ -84,7 +89,7 @@ def select_in_block(
     )
     # A hard choice from few, and one of all, is a sort of them where they lie.
     is_part = k < n
-    if not NOISY:
+    if SORTED and not NOISY:
         is_part = is_part & (n > _FEW)
     if k > 0:
         bound, last_first, runner_up = _no_rank_before(), _no_rank_before(), _no_rank_after()
@@ -117,13 +122,15 @@ def select_in_block(
         if count <= _FEW:
             few = tl.arange(0, _FEW)
             rank = tl.load(sorted_ptr + few, mask=few < count, other=LAST_RANK, cache_modifier=".cg")
-            rank = sort_in_registers(rank, few, 2, power_of_two(count))
+            if SORTED:
+                rank = sort_in_registers(rank, few, 2, power_of_two(count))
             _write(
                 rank, few, k, k_first, score_ptr, rank_ptr, temperature, last_first, runner_up, share, is_certain,
                 index_ptr, chosen_score_ptr, inclusion_ptr, GUMBEL, FLOOR,
             )  # fmt: skip
         else:
-            sort_in_memory(sorted_ptr, count, _CHUNK)
+            if SORTED:
+                sort_in_memory(sorted_ptr, count, _CHUNK)
             for start in range(0, k, _CHUNK):
                 position = start + tl.arange(0, _CHUNK)
                 rank = tl.load(sorted_ptr + position, mask=position < k, other=0, cache_modifier=".cg")
@@ -154,7 +161,7 @@ def _rank_all(score_ptr, valid_ptr, n, temperature, seed, rank_ptr, HAS_VALID: t
     for start in range(0, n, _CHUNK):
         index = start + tl.arange(0, _CHUNK)
         inside = index < n
-        score, valid = _load_example(score_ptr, valid_ptr, index, inside, HAS_VALID)
+        score, valid = load_example(score_ptr, valid_ptr, index, inside, HAS_VALID)
         value = score
         if GUMBEL:
             key_bits, _ = random_bits(seed, index)
@@ -184,7 +191,7 @@ def _rank_rest_by_floor(score_ptr, valid_ptr, n, seed, rank_ptr, bound, HAS_VALI
         is_first = rank <= bound
         last_first = tl.maximum(last_first, tl.max(tl.where(is_first, rank, FIRST_RANK)))
         runner_up = tl.minimum(runner_up, tl.min(tl.where(is_first, LAST_RANK, rank)))
-        score, valid = _load_example(score_ptr, valid_ptr, index, inside, HAS_VALID)
+        score, valid = load_example(score_ptr, valid_ptr, index, inside, HAS_VALID)
         _, floor_bits = random_bits(seed, index)
         rank = rank_of(tl.where(valid, floor_code(floor_bits), descending_code(score)), valid, index)
         tl.store(rank_ptr + index, tl.where(is_first, LAST_RANK, rank), mask=inside)
@@ -228,7 +235,7 @@ def _compact_by_score(
         following = tl.minimum(following, tl.min(tl.where(is_taken, LAST_RANK, rank)))
         if FLOOR:
             is_taken = is_taken | (inside & (rank == LAST_RANK))
-        score, valid = _load_example(score_ptr, valid_ptr, index, inside, HAS_VALID)
+        score, valid = load_example(score_ptr, valid_ptr, index, inside, HAS_VALID)
         place = taken_before + tl.cumsum(is_taken.to(tl.int32), 0) - 1
         tl.store(chosen_ptr + place, rank_of(descending_code(score), valid, index), mask=is_taken)
         taken_before += tl.sum(is_taken.to(tl.int32))
@@ -237,7 +244,7 @@ def _compact_by_score(
 
 
 @triton.jit
-def _load_example(score_ptr, valid_ptr, index, inside, HAS_VALID: tl.constexpr):
+def load_example(score_ptr, valid_ptr, index, inside, HAS_VALID: tl.constexpr):
     score = tl.load(score_ptr + index, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
     valid = inside
     if HAS_VALID:
@@ -296,20 +303,31 @@ def _write(
     rank, position, k, k_first, score_ptr, rank_ptr, temperature, last_first, runner_up, share, is_certain,
     index_ptr, chosen_score_ptr, inclusion_ptr, GUMBEL: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
-    """The outputs at ``position`` < k, of sorted ranks by score."""
+    """The outputs at ``position`` < k, whose ranks by score are ``rank``."""
     inside = position < k
     index = index_of_rank(rank)
+    is_first = inside
+    if FLOOR:
+        is_first = tl.load(rank_ptr + index, mask=inside, other=0, cache_modifier=".cg") == LAST_RANK
+    write_chosen(
+        index, position, inside, is_first, k_first, score_ptr, temperature, value_of_code(code_of_rank(last_first)),
+        value_of_code(code_of_rank(runner_up)), share, is_certain, index_ptr, chosen_score_ptr, inclusion_ptr,
+        GUMBEL, FLOOR,
+    )  # fmt: skip
+
+
+@triton.jit
+def write_chosen(
+    index, position, inside, is_first, k_first, score_ptr, temperature, last_first_key, runner_up_key, share,
+    is_certain, index_ptr, chosen_score_ptr, inclusion_ptr, GUMBEL: tl.constexpr, FLOOR: tl.constexpr,
+):  # fmt: skip
+    """Index, score and inclusion of the examples ``index``, of which ``is_first`` were not drawn by the floor."""
     tl.store(index_ptr + position, index, mask=inside)
     score = tl.load(score_ptr + index, mask=inside, other=0.0, cache_modifier=".cg")
     tl.store(chosen_score_ptr + position, score, mask=inside)
-    inclusion = tl.full(position.shape, 1.0, tl.float32)
-    if FLOOR:
-        is_first = tl.load(rank_ptr + index, mask=inside, other=0, cache_modifier=".cg") == LAST_RANK
-        inclusion = is_first.to(tl.float32)
+    inclusion = is_first.to(tl.float32)
     if GUMBEL:
-        threshold = value_of_code(code_of_rank(runner_up))
-        if FLOOR:
-            threshold = tl.where(is_first, threshold, value_of_code(code_of_rank(last_first)))
+        threshold = tl.where(is_first, runner_up_key, last_first_key)
         q = probability_above(log_weight(score.to(tl.float32), temperature), threshold)
         inclusion = tl.where(k_first > 0, q, 0.0)
     if FLOOR:

@@ -41,7 +41,7 @@ _HALF = {
         32: Configuration(128, 64, 4, 3),
         64: Configuration(128, 64, 4, 3),
         128: Configuration(128, 64, 8, 2),
-        256: Configuration(64, 32, 4, 2),
+        256: Configuration(64, 32, 8, 2),
     },
     90: {
         16: Configuration(128, 128, 8, 3),
@@ -56,7 +56,7 @@ _FLOAT32 = {
     16: Configuration(64, 32, 4, 2),
     32: Configuration(64, 32, 4, 2),
     64: Configuration(64, 32, 8, 2),
-    128: Configuration(32, 32, 8, 2),
+    128: Configuration(32, 16, 8, 1),
     256: Configuration(16, 32, 8, 1),
 }
 # Few queries: keys and values are read once, at the rate of memory. What counts is bytes in flight: many small blocks.

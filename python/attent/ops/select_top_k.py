@@ -158,7 +158,7 @@ def _run(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_numbers(scores.shape[0], k, temperature, floor)  # again: compiled callers have them only now
-    chosen = dispatch.choose("select_top_k", backend, scores.device)
+    chosen = dispatch.choose("select_top_k", backend, scores.device, scores)
     select = dispatch.implementation("select_top_k", chosen)
     index, score, inclusion = select(scores, k, temperature, floor, valid, seed, sorted)
     return index, score, inclusion
@@ -295,3 +295,6 @@ def _smallest(rank: Tensor, k: int) -> Tensor:
 def _working_dtype(scores: Tensor) -> torch.dtype:
     """Keys and inclusion are float32, and float64 for float64 scores."""
     return torch.float64 if scores.dtype == torch.float64 else torch.float32
+
+
+from . import triton_select_top_k as triton_select_top_k  # noqa: E402 - registers the Triton backend
