@@ -61,7 +61,6 @@ def rows(part: str, dry: bool) -> Iterable[Row]:
     backends = ("triton",) if not dry else ("torch", "triton") if interpreted else ("torch",)
     sizes = gpu_correct.TINY if dry else gpu_correct.Sizes()
     if part == "correct":
-        # Triton 3.7's interpreter multiplies bfloat16 wrongly.
         dtypes = (torch.float32,) if dry else (torch.bfloat16, torch.float16, torch.float32)
         for backend in backends:
             for case in gpu_correct.cases(device.torch, dtypes, sizes):

