@@ -1,6 +1,6 @@
-"""``python -m benchmarks.table``: writes README's tables of measurements from the committed results and nothing else.
+"""``python -m benchmarks.table``: writes the tables of README and docs from the committed results and nothing else.
 
-``--check`` writes nothing and fails if README says anything but what the newest results say.
+``--check`` writes nothing and fails if a page says anything but what the newest results say.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from . import score_quality_page
 from .provenance import RESULTS
 
 README = RESULTS.parent.parent / "README.md"
@@ -27,6 +28,12 @@ def newest(name: str) -> tuple[Path, dict[str, Any]] | None:
 def section() -> str:
     """What stands between README's marks."""
     return "\n".join([BEGIN, "", *_teaching(), "", *_cost(), "", END])
+
+
+def pages() -> dict[Path, str]:
+    """Each page that holds generated text, and what stands between its marks."""
+    scores = "\n".join([BEGIN, "", *score_quality_page.lines(), "", END])
+    return {README: section(), score_quality_page.PAGE: scores}
 
 
 def _link(path: Path) -> str:
@@ -135,21 +142,25 @@ def _cost_rows(rows: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description="README's tables from results.")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if README is not up to date")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.table", description="The tables of README and docs from results."
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is not up to date")
     asked = parser.parse_args(arguments)
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    wanted = before + section() + after
-    if asked.check:
-        if wanted != text:
-            print(
-                "README.md does not say what the committed results say; run python -m benchmarks.table", file=sys.stderr
-            )
-            return 1
-        return 0
-    README.write_text(wanted)
+    outdated = []
+    for page, measured in pages().items():
+        text = page.read_text(encoding="utf-8")
+        before, rest = text.split(BEGIN)
+        wanted = before + measured + rest.split(END)[1]
+        if wanted == text:
+            continue
+        outdated.append(page)
+        if not asked.check:
+            page.write_text(wanted, encoding="utf-8")
+    if asked.check and outdated:
+        names = ", ".join(page.relative_to(README.parent).as_posix() for page in outdated)
+        print(f"not what the committed results say: {names}; run python -m benchmarks.table", file=sys.stderr)
+        return 1
     return 0
 
 

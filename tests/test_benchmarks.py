@@ -1,6 +1,8 @@
-"""The measuring room: contenders alternate, ratios are of pairs, README says what the results say."""
+"""The measuring room: contenders alternate, ratios are of pairs, pages say what the results say."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,16 +25,23 @@ def test_ratio_is_the_median_of_pairs_not_the_ratio_of_medians() -> None:
     assert ratio(ours, theirs)["median"] == 2.0
 
 
-def test_readme_says_what_the_committed_results_say() -> None:
+def test_pages_say_what_the_committed_results_say() -> None:
     assert table.main(["--check"]) == 0
 
 
-def test_readme_that_says_something_else_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("page", "where", "what"),
+    [
+        ("README.md", table, ("section", lambda: table.BEGIN + "another number" + table.END)),
+        ("docs/score-quality.md", table.score_quality_page, ("lines", lambda: ["another number"])),
+    ],
+)
+def test_a_page_that_says_something_else_is_noticed(
+    page: str, where: Any, what: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(table, "section", lambda: table.BEGIN + "another number" + table.END)
+    monkeypatch.setattr(where, *what)
     assert table.main(["--check"]) == 1
-    assert "README.md" in capsys.readouterr().err
+    assert page in capsys.readouterr().err
 
 
 def test_the_plain_step_of_the_harvest_benchmark_trains_the_same_model() -> None:
