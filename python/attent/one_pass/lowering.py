@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 BACKENDS = ("inductor", "aot_eager")
 #: Called with its list of arguments, which it empties, so that each is freed after its last use.
@@ -50,7 +51,8 @@ def compiled_by_inductor(graph: fx.GraphModule, arguments: list[Any]) -> Lowered
     for node in module.graph.nodes:
         node.meta.clear()  # shapes in symbols
     module.recompile()
-    with torch.no_grad():
+    # On the first call AOTAutograd watches custom operators with a mode of its own; a compiler must not meet it.
+    with torch.no_grad(), _disable_current_modes():
         compiled = torch._inductor.compile(module, [arguments[i] for i in tensors])
 
     def run(arguments: list[Any]) -> Any:
