@@ -29,7 +29,7 @@ class CompiledForward:
         self.interpret = False  # run an uncut backward operation by operation
         self.dtypes: set[torch.dtype] = pair.dtypes
         self._pair = pair
-        self._task = -1
+        self._task = self._version = -1
         self._entering: Tensor | None = None  # the gradient [B] that begins the cut backward
         self._choice: tuple[Tensor, Tensor] | None = None
 
@@ -63,6 +63,7 @@ class CompiledForward:
         entering = gradient.new_zeros(batch).index_add_(0, index, gradient)
         gradient, index = two_rows_or_more(gradient, index)
         self._task, self._entering, self._choice = task, entering, (index, gradient)
+        self._version = entering._version
         return entering
 
     def chosen(self, tangent: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -74,7 +75,7 @@ class CompiledForward:
         self._entering = self._choice = None
         if entering is None or choice is None or self._task != torch._C._current_graph_task_id():
             return None
-        same = tangent.data_ptr() == entering.data_ptr() and tangent._version == 0
+        same = tangent.data_ptr() == entering.data_ptr() and entering._version == self._version
         return choice if same else None
 
 
@@ -93,7 +94,7 @@ class CompileEngine:
     def forward(
         self, batch: Batch, signature: Hashable, refused: Callable[[Exception], None]
     ) -> tuple[CompiledForward | EagerForward, Any]:
-        """The whole batch's forward; raises :class:`OnePassError`, with no trace left, if the learner cannot be served."""
+        """The whole batch's forward; raises :class:`OnePassError`, leaving no trace, if the learner cannot be served."""
         if batch.size < 3:  # a cut takes two rows or more, and fewer than there are
             whole = EagerForward(None)
             return whole, whole.run(self._function, batch)

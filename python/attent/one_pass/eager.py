@@ -22,7 +22,9 @@ from .layout import Layout, cut
 from .probe import Plan, graph_nodes, losses_of, probe
 from .row_tensor import Cut, RowTensor
 
-_COMPILED = "the eager engine cannot cut a compiled region's backward; take engine='compile', or leave out torch.compile"
+_COMPILED = (
+    "the eager engine cannot cut a compiled region's backward; take engine='compile', or leave out torch.compile"
+)
 
 
 class EagerForward:

@@ -63,7 +63,7 @@ class GraphPair:
 
     def partition(self, joint: fx.GraphModule, *args: Any, num_fwd_outputs: int, **options: Any) -> Any:
         """Split forward from backward, with every random result saved."""
-        from functorch.compile import default_partition, min_cut_rematerialization_partition
+        from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 
         # Inductor fuses what min-cut recomputes; operation by operation, recomputing costs more than it saves.
         split = min_cut_rematerialization_partition if self._backend == "inductor" else default_partition
@@ -120,6 +120,12 @@ class GraphPair:
                     results = _Interpreter(self._forward_graph).run(*given)
             except NotImplementedError as error:
                 raise OnePassError(f"an operation of the compiled learner cannot be probed: {error}") from error
+            except (RuntimeError, ValueError, IndexError) as error:
+                if isinstance(error, OnePassError):
+                    raise
+                raise OnePassError(
+                    f"per_example_loss does not run on {len(rows)} of the batch's rows: {error}"
+                ) from error
             saved = [x for x in results[self._num_outputs :] if isinstance(x, Tensor)]
             return Run(saved, results[self._num_outputs - self._losses_from_end], mode.log or [])
 
@@ -149,12 +155,14 @@ class GraphPair:
     # ---------------------------------------------------------------------------------------------------- the backward
 
     def _run_backward(self, arguments: list[Any]) -> Any:
-        node = torch._C._current_autograd_node()
+        node: Any = torch._C._current_autograd_node()
         forward: Choice | None = None if node is None else node.metadata.get(FORWARD)
         nodes = placeholders(self._backward_graph)
         tangents = [i for i, x in enumerate(nodes) if x.name.startswith("tangents")]
         if len(tangents) != 1:
-            raise OnePassError(f"the compiled backward takes {len(tangents)} gradients where one, the losses', is served")
+            raise OnePassError(
+                f"the compiled backward takes {len(tangents)} gradients where one, the losses', is served"
+            )
         tangent = arguments[tangents[0]]
         choice = None if forward is None else forward.chosen(tangent)
         if forward is None or choice is None:
@@ -166,7 +174,7 @@ class GraphPair:
         arguments[tangents[0]] = None
         chosen = self._cut(nodes, arguments, index)
         chosen[tangents[0]] = gradient
-        results = self._lower("backward", self._backward_graph, len(index), chosen)(chosen)
+        results = self._lower("backward of rows", self._backward_graph, len(index), chosen)(chosen)
         outputs: Any = self._backward_graph.graph.output_node().args[0]
         return [self._whole(out, result, index, len(tangent)) for out, result in zip(outputs, results, strict=True)]
 
@@ -211,7 +219,7 @@ class GraphPair:
 
     def _check_guards(self, count: int) -> None:
         """Refuse a number of rows for which the learner would have been traced otherwise."""
-        import sympy
+        import sympy  # type: ignore[import-untyped]
 
         for guard in self._environment.guards:
             if guard.expr.free_symbols == {self._symbol} and guard.expr.subs({self._symbol: count}) == sympy.false:
@@ -225,9 +233,9 @@ class GraphPair:
             return self._lowered[key]
         key = (direction, count)
         if key not in self._lowered:
-            if direction == "backward":
-                known = sorted(count for kind, count in self._lowered if kind == "backward")
-                if len(known) >= MOST_COUNTS + 1:  # the whole batch's own is one more
+            if direction == "backward of rows":
+                known = sorted(count for kind, count in self._lowered if kind == direction)
+                if len(known) == MOST_COUNTS:
                     raise OnePassError(
                         f"k = {count} would be a fifth number of chosen rows to compile the backward for, after"
                         f" {', '.join(map(str, known))}: keep k the same from step to step (rows of weight 0 fill up),"

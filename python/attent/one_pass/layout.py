@@ -87,6 +87,6 @@ def cut_aliases(tensors: list[Tensor], layouts: list[Layout], index: Tensor) -> 
 def _lies_in_rows(tensor: Tensor, layout: Layout, row: int, dtype: torch.dtype) -> bool:
     """Whether each example's part of a tensor lies in its own ``row`` elements of the storage."""
     dim, outer, inner = layout
-    steps = ((size - 1) * step for i, (size, step) in enumerate(zip(tensor.shape, tensor.stride())) if i != dim)
-    last = tensor.storage_offset() + sum(steps) + (inner - 1) * tensor.stride(dim)
+    last = tensor.storage_offset() + (inner - 1) * tensor.stride(dim)
+    last += sum((size - 1) * tensor.stride(i) for i, size in enumerate(tensor.shape) if i != dim)
     return outer == 1 and tensor.dtype == dtype and tensor.stride(dim) * inner == row and last < row

@@ -1,8 +1,8 @@
 """Turns a graph of the batch into a function for one number of rows.
 
 A graph is traced once, with the number of rows a symbol. For Inductor it is compiled anew for each number, sizes being
-plain integers: its choices of kernels and layouts depend on sizes (one guard seen is ``65·B > 4096``), so that code made
-for the batch cannot simply be run on fewer rows.
+plain integers: its choices of kernels and layouts depend on sizes (one guard seen is ``65·B > 4096``), so that what is
+made for the batch cannot simply run on fewer rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Lowered = Callable[[list[Any]], Any]
 
 def expression(size: Any) -> Any:
     """A size as sympy's expression."""
-    import sympy
+    import sympy  # type: ignore[import-untyped]
 
     return size.node.expr if isinstance(size, SymInt) else sympy.Integer(int(size))
 

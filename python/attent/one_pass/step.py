@@ -49,21 +49,28 @@ class OnePass:
       signature (shapes, dtypes, options, training modes, autocast): one whose rows look at each other (BatchNorm,
       in-batch contrast) is refused, naming tensor and operation. The first gradient of each signature is compared with
       the whole batch's masked backward, and so is every ``verify_every``-th: that step costs two backwards more.
+    * ``"compile"`` costs as much, with what torch.compile saves. The learner, compiled or not, is compiled here as one
+      graph, once per signature; graph breaks are refused. It is probed, and the first gradient of each k compared, in
+      the same way. ``"inductor"`` compiles the backward for each k: a fifth k of a signature is refused.
     * ``"two_pass"`` costs (1 + 3r)/3: a forward without gradient, then forward and backward of the chosen rows, which
       draw new random numbers: with dropout, the losses and scores chosen by come from other masks than those trained
       with. It takes any learner, batch statistics being those of the chosen rows; peak memory is r of a full step's.
-    * ``"auto"`` is eager where the learner allows it, else two-pass, with a warning and the reason in :meth:`report`.
+    * ``"auto"`` is ``"compile"`` if ``per_example_loss`` or a module that it uses is already under torch.compile, else
+      ``"eager"``. Where that one refuses the learner it is ``"two_pass"``, with a warning and the reason in
+      :meth:`report`.
 
     Args:
         per_example_loss: called with the batch, returns ``losses`` ``[B]`` or ``(losses, scores)``.
-        engine: ``"auto"``, ``"eager"`` or ``"two_pass"``.
+        engine: ``"auto"``, ``"eager"``, ``"compile"`` or ``"two_pass"``.
         verify_every: n: compare every n-th step's gradient with the whole batch's masked backward and raise if they
             differ by more than rounding explains; 0: only the first of each signature.
+        compile_backend: what runs the compiled graphs: ``"inductor"``, or ``"aot_eager"``, operation by operation,
+            which takes seconds to compile where Inductor takes minutes.
 
     Raises:
-        ValueError: an argument is out of its range; ``engine="compile"``, which this release does not have yet.
-        OnePassError: with ``engine="eager"``, a learner that cannot be served; with any, a gradient that fails
-            ``verify_every``.
+        ValueError: an argument is out of its range.
+        OnePassError: with ``engine="eager"`` or ``"compile"``, a learner that cannot be served; with any, a gradient
+            that fails ``verify_every``.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 4))
     >>> step = attent.OnePass(lambda x, y: torch.nn.functional.cross_entropy(model(x), y, reduction="none"))
@@ -158,10 +165,10 @@ class OnePass:
             return whole_loss(losses, index, weights)
         loss = chosen_loss(losses, index, weights, forward)
         due = self._verify_every > 0 and self._losses_made % self._verify_every == 0
-        if due or not forward.is_verified(len(index)):
-            if not self._verify(forward, found[1], losses, index, weights, loss, due):
-                self._note("whole", losses, index)
-                return whole_loss(losses, index, weights)
+        wanted = due or not forward.is_verified(len(index))
+        if wanted and not self._verify(forward, found[1], losses, index, weights, loss, due):
+            self._note("whole", losses, index)
+            return whole_loss(losses, index, weights)
         self._note(forward.name, losses, index)
         return loss
 
@@ -176,7 +183,7 @@ class OnePass:
         probes = sum(engine.probes for engine in self._engines.values())
         return OnePassReport(engine, dict(self._refused), ratio, cost, probes, self._verified, self._largest_error)
 
-    # ------------------------------------------------------------------------------------------------------------ inside
+    # ----------------------------------------------------------------------------------------------------------- inside
 
     def _forward(
         self, batch: Batch, signature: Hashable, modules: list[nn.Module]

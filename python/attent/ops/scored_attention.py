@@ -267,7 +267,9 @@ def _check_attention(
 
         check_tensor("key", key, like_query, shape=(batch, None, None, width), dtypes=dtypes, device=device)
         _, kv_heads, keys, _ = key.shape
-        check_tensor("value", value, like_padded_key, shape=(query.shape[0], kv_heads, keys, None), dtypes=dtypes, device=device)
+        check_tensor(
+            "value", value, like_padded_key, shape=(query.shape[0], kv_heads, keys, None), dtypes=dtypes, device=device
+        )
     if value.shape[-1] < 1:
         refuse("value", describe(value), "Dv >= 1")
     if not isinstance(enable_gqa, bool):
