@@ -94,7 +94,7 @@ class CompileEngine:
     def forward(
         self, batch: Batch, signature: Hashable, refused: Callable[[Exception], None]
     ) -> tuple[CompiledForward | EagerForward, Any]:
-        """The whole batch's forward; raises :class:`OnePassError`, leaving no trace, if the learner cannot be served."""
+        """The whole batch's forward; raises :class:`OnePassError`, without a trace, of what cannot be served."""
         if batch.size < 3:  # a cut takes two rows or more, and fewer than there are
             whole = EagerForward(None)
             return whole, whole.run(self._function, batch)
