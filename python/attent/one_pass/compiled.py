@@ -103,9 +103,8 @@ class CompileEngine:
                 _refuse_wrapper(module)
         compiled = self._compiled.get(signature)
         if compiled is None:
-            compiled = self._compiled[signature] = torch.compile(
-                _named_anew(self._function, len(self._compiled)), backend=self._compile, fullgraph=True
-            )
+            learner = _named_anew(self._function, batch.row_leaves, len(self._compiled))
+            compiled = self._compiled[signature] = torch.compile(learner, backend=self._compile, fullgraph=True)
         args, kwargs = batch.map(_of_any_size)
         self._ran = None
         try:
@@ -158,13 +157,16 @@ class CompileEngine:
         return run
 
 
-def _named_anew(function: Callable[..., Any], number: int) -> Callable[..., Any]:
-    """The function that is compiled: losses of their own storage, and scores without gradient.
+def _named_anew(function: Callable[..., Any], row_leaves: list[int], number: int) -> Callable[..., Any]:
+    """The function that is compiled: losses of their own storage, scores without gradient, one size for all arguments.
 
     Its code object is its own, for torch.compile keeps what it made by code object and gives up after a few.
     """
 
     def one_pass(*args: Any, **kwargs: Any) -> Any:
+        leaves = pytree.tree_leaves((args, kwargs))
+        for i in row_leaves[1:]:  # else each would have a size of its own wherever the learner does not compare them
+            torch._check(leaves[i].shape[0] == leaves[row_leaves[0]].shape[0])
         result = function(*args, **kwargs)
         losses, scores = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         return losses.clone(), pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, scores)
