@@ -149,7 +149,7 @@ def _one_pass() -> Iterator[str]:
     if found is None:
         return
     path, result = found
-    yield "**What does a one-pass step cost?** Forward of the pool, backward of the share r, over a full step; one thread."
+    yield "**What does a one-pass step cost?** Forward of a pool, backward of the share r of it, over a full step."
     yield ""
     yield "| learner, engine | r = 0.25 | r = 0.5 | r = 0.75 | target at 0.5 | peak memory at 0.5 |"
     yield "|---|---|---|---|---|---|"
@@ -173,8 +173,8 @@ def _one_pass() -> Iterator[str]:
     )
     rounds = next(iter(result["learners"].values()))["rows"][0]["step / full"]["rounds"]
     yield (
-        f"Medians [middle half] of {rounds} interleaved rounds, processor time. Inductor is over a full step under"
-        f" `torch.compile`. {shapes}. {result['provenance']['processor']}, torch {result['provenance']['torch']}:"
+        f"Medians [middle half] of {rounds} interleaved rounds, processor time, one thread. Inductor's are over a full"
+        f" step under `torch.compile`. {shapes}. {result['provenance']['processor']}, torch {result['provenance']['torch']}:"
         f" {_link(path)}."
     )
     yield ""

@@ -190,6 +190,42 @@ def test_accelerate_accumulates_and_clips() -> None:
     torch.testing.assert_close(before.weight - model.weight, before.weight.grad, rtol=1e-5, atol=2 * 2**-24)
 
 
+# Packed batches
+
+
+def test_packed_batches_are_chosen_by_segment_in_two_passes_and_refused_by_name_elsewhere() -> None:
+    embedding, head = nn.Embedding(11, 16), nn.Linear(16, 11)
+    lengths = torch.tensor([3, 1, 4, 2, 5])
+    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
+    tokens, scale = torch.randint(11, (15,)), torch.rand(5)
+
+    def function(tokens: Tensor, batch: dict[str, Tensor], scale: Tensor) -> Tensor:
+        losses = attent.linear_cross_entropy(
+            embedding(tokens), head.weight, tokens, linear_bias=head.bias, reduction="example", **batch
+        )
+        return losses * scale
+
+    model, index = nn.ModuleList([embedding, head]), torch.tensor([4, 0, 2])
+    for chosen in (index, torch.tensor([1])):
+        step = OnePass(function, engine="two_pass")
+        losses = step(tokens, {"cu_seqlens": cu_seqlens}, scale)
+        loss = step.loss(losses, chosen)
+        torch.testing.assert_close(loss, losses[chosen].mean())
+        loss.backward()
+        ours = gradients(model)
+        function(tokens, {"cu_seqlens": cu_seqlens}, scale)[chosen].mean().backward()
+        assert relative_error(ours, gradients(model)) < EXACT
+    for engine in ("eager", "compile"):
+        with pytest.raises(OnePassError, match=r"a packed batch \(cu_seqlens\).*engine='two_pass'"):
+            OnePass(function, engine=engine)(tokens, {"cu_seqlens": cu_seqlens}, scale)
+    step = OnePass(function)
+    with pytest.warns(UserWarning, match="a packed batch"):
+        step(tokens, {"cu_seqlens": cu_seqlens}, scale)
+    for bad, named in ((cu_seqlens.float(), "cu_seqlens"), (cu_seqlens + 1, "no tensor with the 16 tokens")):
+        with pytest.raises(ValueError, match=named):
+            OnePass(function, engine="two_pass")(tokens, {"cu_seqlens": bad}, scale)
+
+
 # A teacher
 
 

@@ -303,7 +303,7 @@ def test_a_learner_made_for_one_batch_size_is_refused() -> None:
         (lambda: OnePass(GPT())(), "batch"),
         (lambda: OnePass(GPT())(3.0), "batch"),
         (lambda: OnePass(lambda x: x.sum(), engine="two_pass")(torch.randn(B, 3)), "per_example_loss.*losses"),
-        (lambda: OnePass(lambda x: x[:3].sum(1), engine="two_pass")(torch.randn(B, 3)), "packed batches"),
+        (lambda: OnePass(lambda x: x[:3].sum(1), engine="two_pass")(torch.randn(B, 3)), "packed batch"),
     ],
 )
 def test_bad_arguments_are_named(call: Callable[[], object], argument: str) -> None:

@@ -49,7 +49,9 @@ class Batch:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments with ``function`` applied to every tensor of rows."""
-        leaves = [function(leaf) if self.is_rows(leaf) else leaf for leaf in self._leaves]
+        return self._rebuilt([function(leaf) if self.is_rows(leaf) else leaf for leaf in self._leaves])
+
+    def _rebuilt(self, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = pytree.tree_unflatten(leaves, self._tree)
         return args, kwargs
 

@@ -18,6 +18,7 @@ from .compiled import CompiledForward, CompileEngine
 from .eager import EagerEngine, EagerForward, what_is_compiled
 from .errors import OnePassError
 from .lowering import BACKENDS
+from .packed import CU_SEQLENS, PackedBatch, batch_of
 from .probe import losses_of
 from .report import OnePassReport, estimated_cost
 from .two_pass import TwoPassForward
@@ -30,15 +31,26 @@ Forward = EagerForward | CompiledForward
 class OnePass:
     """Trains on rows chosen from a batch at one forward of the batch and a backward of the chosen rows only.
 
-    A stream taught in five lines::
+    A stream taught in five lines:
 
-        step = attent.OnePass(per_example_loss)  # (x, y) -> losses [B], scores [B]          # 1
-        teacher = attent.Teacher(total_steps=10_000, ratio=0.5)                              # 2
-        for x, y in stream:
-            losses, scores = step(x, y)                                                      # 3
-            lesson = teacher.choose(scores)                                                  # 4
-            step.loss(losses, lesson.index, teacher.weights(lesson)).backward()              # 5
-            optimizer.step(); optimizer.zero_grad()
+    >>> model = torch.nn.Linear(8, 4)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> stream = [(torch.randn(32, 8), torch.randint(4, (32,))) for _ in range(3)]
+    >>> def per_example_loss(x, y):
+    ...     logits = model(x)
+    ...     return torch.nn.functional.cross_entropy(logits, y, reduction="none"), attent.example_scores(logits, y)
+    >>> step = attent.OnePass(per_example_loss)                                                      # 1
+    >>> teacher = attent.Teacher(total_steps=len(stream), ratio=0.5, reweight="inverse")             # 2
+    >>> for x, y in stream:
+    ...     losses, scores = step(x, y)                                                              # 3
+    ...     lesson = teacher.choose(scores)                                                          # 4
+    ...     step.loss(losses, lesson.index, teacher.weights(lesson)).backward()                      # 5
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    >>> print(step.report().engine, step.report().keep_ratio)
+    eager 0.5
+
+    ``teacher.choose(scores, example_ids=ids)`` of a teacher made with ``num_examples`` records the pool's scores too.
 
     Gradients are those of training on the chosen rows alone, to rounding. With random operations (dropout) they are
     those of the forward that was run: of the whole batch's masked backward.
@@ -71,13 +83,6 @@ class OnePass:
         ValueError: an argument is out of its range.
         OnePassError: with ``engine="eager"`` or ``"compile"``, a learner that cannot be served; with any, a gradient
             that fails ``verify_every``.
-
-    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 4))
-    >>> step = attent.OnePass(lambda x, y: torch.nn.functional.cross_entropy(model(x), y, reduction="none"))
-    >>> losses = step(torch.randn(16, 8), torch.arange(16) % 4)
-    >>> step.loss(losses, losses.topk(8).indices).backward()
-    >>> step.report().engine
-    'eager'
     """
 
     def __init__(
@@ -109,6 +114,9 @@ class OnePass:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward on a batch; B is the leading size of its first tensor.
 
+        With an int32 ``cu_seqlens`` ``[B+1]`` among the keyword arguments, or in a dict, the batch is packed: its
+        examples are segments of tensors ``[tokens, ...]``. Only ``"two_pass"`` serves those.
+
         Returns:
             What ``per_example_loss`` returns: losses ``[B]``, or (losses, scores); scores without gradient.
 
@@ -117,7 +125,7 @@ class OnePass:
         """
         if not torch.is_grad_enabled():
             return self._function(*args, **kwargs)
-        batch = Batch(args, kwargs)
+        batch = batch_of(args, kwargs)
         modules = modules_of(self._function)
         signature = batch.signature(modules)
         forward, result = self._forward(batch, signature, modules)
@@ -126,7 +134,8 @@ class OnePass:
             refuse(
                 "per_example_loss",
                 f"losses of shape {tuple(losses.shape)}",
-                f"losses [B={batch.size}], one a row of the batch's first tensor (packed batches are not served)",
+                f"losses [B={batch.size}], one a row of the batch's first tensor (of a packed batch: one a segment, its"
+                " cu_seqlens being passed under that name)",
             )
         self._pending[losses] = (forward, signature)
         if scores is None:
@@ -194,6 +203,11 @@ class OnePass:
             name = "eager" if what_is_compiled(self._function) is None else "compile"
         if name != "two_pass" and signature not in self._refused_signatures:
             try:
+                if isinstance(batch, PackedBatch):
+                    raise OnePassError(
+                        f"a packed batch ({CU_SEQLENS}) has no dimension of its own for examples: the {name} engine"
+                        " cannot cut segments out of what was saved; engine='two_pass' trains on the chosen segments"
+                    )
                 return self._engines[name].forward(batch, signature, lambda error: self._refuse(name, signature, error))
             except (OnePassError, NotImplementedError) as error:
                 self._refuse(name, signature, error)
