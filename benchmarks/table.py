@@ -172,10 +172,10 @@ def _one_pass() -> Iterator[str]:
         for name, learner in result["learners"].items()
     )
     rounds = next(iter(result["learners"].values()))["rows"][0]["step / full"]["rounds"]
+    provenance = result["provenance"]
     yield (
         f"Medians [middle half] of {rounds} interleaved rounds, processor time, one thread. Inductor's are over a full"
-        f" step under `torch.compile`. {shapes}. {result['provenance']['processor']}, torch {result['provenance']['torch']}:"
-        f" {_link(path)}."
+        f" step under `torch.compile`. {shapes}. {provenance['processor']}, torch {provenance['torch']}: {_link(path)}."
     )
     yield ""
 
