@@ -314,6 +314,42 @@ def test_scores_come_back_without_gradient_and_the_lesson_from_the_forwards_own_
         torch.testing.assert_close(step(x, labels)[0], losses.detach())
 
 
+def test_scores_that_are_views_of_what_the_losses_come_from() -> None:
+    model = nn.Linear(6, 5)
+
+    def function(x: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = model(x)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return losses, {"first": logits[:, 0], "loss": losses, "flat": logits.view(-1)}
+
+    step, batch, index = compiling(function), a_batch(), torch.tensor([3, 1])
+    losses, scores = step(*batch)
+    torch.testing.assert_close(scores["first"], model(batch[0])[:, 0].detach())
+    assert not any(score.requires_grad for score in scores.values())
+    step.backward(losses, index)
+    ours = gradients(model)
+    function(*(x[index] for x in batch))[0].mean().backward()
+    assert relative_error(ours, gradients(model)) < EXACT
+
+
+def test_a_mode_that_is_hidden_from_the_step_is_noticed_by_torch_compile() -> None:
+    model, hidden = nn.Linear(6, 5), {"dropout": 0.0}
+
+    def function(x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(model(F.dropout(x, hidden["dropout"])), labels, reduction="none")
+
+    step, batch, index = compiling(function), a_batch(), torch.tensor([1, 2])
+    step.backward(step(*batch), index)
+    hidden["dropout"] = 0.5
+    gradients(model)
+    losses = step(*batch)
+    losses[index].mean().backward(retain_graph=True)
+    truth = gradients(model)
+    step.backward(losses, index)
+    assert relative_error(gradients(model), truth) < EXACT and step.report().engine == "compile"
+    assert step.report().probes == 2
+
+
 def test_losses_that_are_let_go_let_go_of_their_batch() -> None:
     step, (x, labels) = compiling(two_linear()[1]), a_batch()
     losses, gone = step(x, labels), weakref.ref(x)

@@ -78,6 +78,8 @@ class GraphPair:
         context = torch._guards.TracingContext.try_get()
         if context is not None and context.fw_metadata is not None:
             context.fw_metadata.bw_donated_idxs = []
+            # What outputs are views of comes out behind them.
+            self._losses_from_end += context.fw_metadata.num_intermediate_bases
         self._forward_graph = graph
         self._symbol, self._environment = _batch_symbol(graph)
         return _boxed(self._run_forward)
