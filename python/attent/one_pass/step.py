@@ -71,6 +71,8 @@ class OnePass:
       ``"eager"``. Where that one refuses the learner it is ``"two_pass"``, with a warning and the reason in
       :meth:`report`.
 
+    Not yet run on a GPU.
+
     Args:
         per_example_loss: called with the batch, returns ``losses`` ``[B]`` or ``(losses, scores)``.
         engine: ``"auto"``, ``"eager"``, ``"compile"`` or ``"two_pass"``.
