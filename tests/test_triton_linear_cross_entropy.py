@@ -118,10 +118,14 @@ def assert_equals_reference(problem: Problem, *, poisoned: Problem | None = None
     scales = {"loss": mass * reach * 0.1, "logit": 2 * mass, "hidden": 2 * mass * w, "head": 2 * mass * h}
     for name, score in scores.items():
         of_token = scales[name] * (1 if name == "loss" else math.sqrt(max(1, longest)))
-        if name == "head":  # its square, in units of what the Gram form sums up: T Σ‖g‖²‖h‖²
-            of_token *= math.sqrt(max(1, longest))
-            error = (score.double().square() - right_scores[name].square()).abs()
-            assert bool((error <= 2 * unit * of_token**2).all()), (name, score, right_scores[name])
+        if name == "head":
+            # Each g_t is off by a unit of 2M, so the norm by T of those times ‖h‖; and the Gram form sums up terms
+            # g_t·g_s h_t·h_s of either sign, of at most T Σ‖g_t‖² ‖h‖² together: its square is off by a unit of that.
+            truth, norm = right_scores[name], of_token * math.sqrt(max(1, longest))
+            summed = longest * h**2 * (right_scores["logit"] + 2 * mass * unit).square()
+            error = (score.double().square() - truth.square()).abs()
+            allowed = unit * (2 * truth * norm + unit * norm**2 + summed + truth.square())
+            assert bool((error <= allowed).all()), (name, score, truth, allowed)
         else:
             torch.testing.assert_close(
                 score.double(),
@@ -172,6 +176,25 @@ def test_loss_scores_and_gradients_are_the_specifications(examples: int) -> None
             assert_equals_reference(problem, **arguments)
 
     check()
+
+
+@pytest.mark.parametrize("form", ["gram", "direct"])
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_long_examples_are_computed_again_slab_by_slab_with_every_option(kind: str, form: str) -> None:
+    double = {"dtype": torch.float64}
+    target = torch.randint(7, (5,)) if kind == "indices" else torch.randn(5, 7, **double).softmax(-1)
+    options = {
+        "cu_seqlens": torch.tensor([0, 4, 5], dtype=torch.int32),
+        "linear_bias": torch.randn(7, **double),
+        "weight": torch.rand(7, **double),
+        "label_smoothing": 0.1,
+        "softcap": 2.0,
+        "shift": True,
+        "example_weight": None,
+    }
+    problem = Problem(torch.randn(5, 3, **double), torch.randn(7, 3, **double), target, options)
+    with small(60, tile=4), forms(form):  # chunks of two rows, slabs of two columns
+        assert_equals_reference(problem, reduction="mean")
 
 
 @few_and_many

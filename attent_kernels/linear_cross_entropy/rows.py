@@ -79,7 +79,7 @@ def row_pass(
         target: int64 ``[C]`` in [0, classes); or masses before smoothing and class weights, floating ``[·, V]``.
         target_rows: int64 ``[C]``, which row of such a target is a row's; None: its own.
         bias: ``[V]``, added to the logits.
-        class_weight: float32 ``[V]`` that multiplies the target's masses; a factor of a whole row is in ``scale``.
+        class_weight: float32 ``[classes]``, multiplies the target's masses; a factor of a whole row is in ``scale``.
         label_smoothing: ε, over ``classes``.
         softcap: c.
         classes: of the whole vocabulary; None: these columns are all of it.
@@ -166,7 +166,7 @@ def row_kernel(
     target_stride,
     target_step,
     target_rows_ptr,  # int64 [C] or None
-    weight_ptr,  # float32 [V] or None
+    weight_ptr,  # float32 [classes] or None
     weight_total_ptr,  # float32 [] or None
     scale_ptr,  # float32 [C] or None
     upstream_ptr,  # float32 [C] or None
@@ -200,6 +200,9 @@ def row_kernel(
     else:
         own_column = -1
         p_target = target_ptr
+        p_weight = weight_ptr
+        if weight_ptr is not None:
+            p_weight += first
         if SOFT:
             target_row = i_row.to(tl.int64)
             if target_rows_ptr is not None:
@@ -211,7 +214,7 @@ def row_kernel(
                 own_column = -1
         if SUM:
             maximum, others, squares, own, expected, mass = _sums(
-                p_z, bias_ptr, p_target, target_step, weight_ptr, own_column, columns, classes, smoothing, softcap,
+                p_z, bias_ptr, p_target, target_step, p_weight, own_column, columns, classes, smoothing, softcap,
                 SOFT, SMOOTHED, CAPPED, SQUARE or KEEP, BLOCK,
             )  # fmt: skip
             if KEEP:
@@ -272,7 +275,7 @@ def row_kernel(
                 if upstream_ptr is not None:
                     factor *= tl.load(upstream_ptr + i_row)
                 square = _gradient(
-                    p_z, bias_ptr, p_target, target_step, weight_ptr, g_ptr, i_row.to(tl.int64) * g_stride, own_column,
+                    p_z, bias_ptr, p_target, target_step, p_weight, g_ptr, i_row.to(tl.int64) * g_stride, own_column,
                     columns, classes, smoothing, softcap, maximum, mass / normaliser, own_entry, factor,
                     SOFT, SMOOTHED, CAPPED, BLOCK,
                 )  # fmt: skip
