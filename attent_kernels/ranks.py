@@ -27,6 +27,15 @@ _LARGEST_BELOW_1 = tl.constexpr(1.0 - 2.0**-24)
 
 
 @triton.jit
+def as_float32(score):
+    """Exactly, subnormal bfloat16 numbers included, which Triton's interpreter converts wrongly."""
+    if score.dtype == tl.bfloat16:
+        return (score.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return score.to(tl.float32)
+
+
+@triton.jit
 def descending_code(value):
     """int32 that rises where the float32 ``value`` falls: NaN lowest, then +inf; equal for all NaNs, and for -0 and +0.
 

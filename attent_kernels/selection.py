@@ -30,6 +30,7 @@ from .block_sort import power_of_two, sort_in_memory, sort_in_registers
 from .ranks import (
     FIRST_RANK,
     LAST_RANK,
+    as_float32,
     code_of_rank,
     descending_code,
     floor_code,
@@ -245,7 +246,7 @@ def _compact_by_score(
 
 @triton.jit
 def load_example(score_ptr, valid_ptr, index, inside, HAS_VALID: tl.constexpr):
-    score = tl.load(score_ptr + index, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+    score = as_float32(tl.load(score_ptr + index, mask=inside, other=0.0, cache_modifier=".cg"))
     valid = inside
     if HAS_VALID:
         valid = tl.load(valid_ptr + index, mask=inside, other=0, cache_modifier=".cg") != 0
@@ -328,7 +329,7 @@ def write_chosen(
     inclusion = is_first.to(tl.float32)
     if GUMBEL:
         threshold = tl.where(is_first, runner_up_key, last_first_key)
-        q = probability_above(log_weight(score.to(tl.float32), temperature), threshold)
+        q = probability_above(log_weight(as_float32(score), temperature), threshold)
         inclusion = tl.where(k_first > 0, q, 0.0)
     if FLOOR:
         inclusion = inclusion + (1.0 - inclusion) * share

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import score_quality_page
+from .one_pass import TARGETS
 from .provenance import RESULTS
 
 README = RESULTS.parent.parent / "README.md"
@@ -27,7 +28,7 @@ def newest(name: str) -> tuple[Path, dict[str, Any]] | None:
 
 def section() -> str:
     """What stands between README's marks."""
-    return "\n".join([BEGIN, "", *_teaching(), "", *_cost(), "", END])
+    return "\n".join([BEGIN, "", *_teaching(), "", *_cost(), "", *_one_pass(), END])
 
 
 def pages() -> dict[Path, str]:
@@ -139,6 +140,51 @@ def _cost_rows(rows: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     if "teacher" in rows:
         seconds = rows["teacher"]["seconds"]["median"]
         yield "recording and drawing for 1,000,000 ids", f"{seconds:.2f} s", "≤ 0.5 s"
+
+
+_ENGINES = {
+    "eager": "eager",
+    "aot_eager": "compiled, operation by operation",
+    "inductor": "compiled by Inductor",
+    "two_pass": "two-pass",
+    "masked": "masked loss",
+}
+
+
+def _one_pass() -> Iterator[str]:
+    found = newest("one_pass")
+    if found is None:
+        return
+    path, result = found
+    yield "**What does a one-pass step cost?** Forward of a pool, backward of the share r of it, over a full step."
+    yield ""
+    yield "| learner, engine | r = 0.25 | r = 0.5 | r = 0.75 | target at 0.5 | peak memory at 0.5 |"
+    yield "|---|---|---|---|---|---|"
+    for name, learner in result["learners"].items():
+        counted = learner["counting forward 1, backward 2"]
+        for way, ratios in counted.items():
+            yield f"| {name}: {way}, counting | {' | '.join(f'{ratios[r]:.2f}' for r in ratios)} |  |  |"
+        for engine, words in _ENGINES.items():
+            rows = {row["r"]: row for row in learner["rows"] if row["engine"] == engine}
+            if not rows:
+                continue
+            # Inductor is measured against a full step under torch.compile.
+            of = "step / full, torch.compile" if engine == "inductor" else "step / full"
+            shares = (f"{row[of]['median']:.2f} [{row[of]['low']:.2f}, {row[of]['high']:.2f}]" for row in rows.values())
+            target = f"≤ {TARGETS[engine]:g}" if engine in TARGETS else ""
+            yield f"| {name}: {words} | {' | '.join(shares)} | {target} | {rows[0.5]['peak / full']:.2f} |"
+    yield ""
+    shapes = "; ".join(
+        f"{name}: {', '.join(f'{what} {size}' for what, size in learner['shape'].items())}"
+        for name, learner in result["learners"].items()
+    )
+    rounds = next(iter(result["learners"].values()))["rows"][0]["step / full"]["rounds"]
+    provenance = result["provenance"]
+    yield (
+        f"Medians [middle half] of {rounds} interleaved rounds, processor time, one thread. Inductor's are over a full"
+        f" step under `torch.compile`. {shapes}. {provenance['processor']}, torch {provenance['torch']}: {_link(path)}."
+    )
+    yield ""
 
 
 def main(arguments: list[str] | None = None) -> int:

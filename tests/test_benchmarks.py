@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cpu, table
+from benchmarks import cpu, one_pass, table
 from benchmarks.memory import peak_extra_mib
 from benchmarks.timing import Timing, interleave, ratio
 
@@ -49,6 +49,30 @@ def test_the_plain_step_of_the_harvest_benchmark_trains_the_same_model() -> None
     learner = cpu.VisionTransformer()
     images = torch.randn(5, 28, 28)
     torch.testing.assert_close(cpu.Plain(learner)(images), learner.predict(images))
+
+
+def test_every_one_pass_contender_trains_and_only_chosen_rows_differ_from_a_full_step() -> None:
+    small = {"batch": 6, "tokens": 5, "width": 12, "depth": 1}
+    for learner in (one_pass.vision_transformer(**small), one_pass.gpt(**small, vocabulary=11)):
+        steps = one_pass.contenders(learner, (0.5,), ("eager", "two_pass", "masked"))
+        found = {}
+        for name, step in steps.items():
+            step()
+            found[name] = torch.cat([p.grad.flatten() for p in learner.model.parameters()])
+        masked = found.pop("masked at 0.5")
+        assert not torch.allclose(found.pop(one_pass.FULL), masked, rtol=1e-2)
+        for gradient in found.values():
+            # float32: some thousand roundings of 6e-8, of terms as large as the largest
+            torch.testing.assert_close(gradient, masked, rtol=1e-4, atol=1e-6 * float(masked.abs().max()) + 1e-7)
+
+
+def test_the_allocated_peak_counts_what_a_step_holds_at_once() -> None:
+    def step() -> None:
+        for _ in range(3):  # 4 MiB at a time, three times
+            torch.empty(1 << 20).fill_(1)
+
+    one_pass.allocated_peak(step)
+    assert one_pass.allocated_peak(step) == 4 << 20
 
 
 def make_nothing() -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import __version__
 from .demo.data import SUBSET
-from .demo.settings import Settings, usual_epochs
+from .demo.settings import WAYS, Settings, usual_epochs
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -24,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from .demo.run import demo
 
             epochs = usual_epochs(args.data) if args.epochs is None else args.epochs
-            demo(Settings(args.seeds, args.data, epochs, args.ratio, args.out, args.json, args.threads))
+            settings = Settings(args.seeds, args.data, epochs, args.ratio, args.out, args.json, args.threads, args.way)
+            demo(settings)
         else:
             from .doctor import doctor
 
@@ -70,6 +71,13 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     demo.add_argument("--ratio", type=float, default=usual.ratio, metavar="R", help="attent's keep ratio")
     demo.add_argument("--out", type=Path, default=usual.out, metavar="PNG", help="where the picture goes")
     demo.add_argument("--json", type=Path, metavar="FILE", help="write every run, interval and setting to FILE")
+    demo.add_argument(
+        "--way",
+        choices=WAYS,
+        default=usual.way,
+        help="how attent teaches: 'harvest' trains on chosen images of later epochs; 'one-pass' runs the forward on "
+        "pools of images and the backward on those chosen from them",
+    )
     demo.add_argument("--threads", type=int, default=usual.threads, metavar="N", help="torch's threads")
 
 

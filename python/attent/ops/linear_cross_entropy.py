@@ -25,6 +25,7 @@ from .._checks import (
     values_readable,
 )
 from . import torch_linear_cross_entropy as torch_linear_cross_entropy  # registers the torch backend
+from . import triton_linear_cross_entropy as triton_linear_cross_entropy  # and the triton backend
 from .dispatch import choose
 
 SCORES = ("loss", "logit", "hidden", "head")
@@ -107,7 +108,7 @@ def linear_cross_entropy(
     check_tensors(
         input, linear_weight, target, linear_bias, weight, example_weight, cu_seqlens, ignore_index, shift, group
     )
-    backend = choose("linear_cross_entropy", backend, input.device)
+    backend = choose("linear_cross_entropy", backend, input.device, input.dtype)
     grad = torch.is_grad_enabled()
     loss, scores, *_ = torch.ops.attent.linear_cross_entropy(
         input, linear_weight, target, linear_bias, weight, example_weight, cu_seqlens, reduction, ignore_index,

@@ -7,10 +7,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._checks import describe, refuse
+from ..philox import seed_tensor
 from ..selection import Selection
+from . import triton_scorer
 from .dispatch import choose
 from .linear_cross_entropy import cast_for_autocast, check_options, check_scores, check_tensors
-from .select_top_k import select_top_k
+from .linear_cross_entropy_op import Call
+from .select_top_k import _check_numbers, _check_seed, select_top_k
 
 
 def score_and_select(
@@ -67,12 +70,19 @@ def score_and_select(
         check_tensors(
             input, linear_weight, target, linear_bias, weight, example_weight, cu_seqlens, ignore_index, shift, group
         )
-        runs_on = choose("linear_cross_entropy", backend, input.device)
-        _, scores, counts, *_ = torch.ops.attent.linear_cross_entropy(
+        runs_on = choose("linear_cross_entropy", backend, input.device, input.dtype)
+        call = Call(
             input, linear_weight, target, linear_bias, weight, example_weight, cu_seqlens, "sum", ignore_index,
             label_smoothing, softcap, shift, names, per_example, None if group is None else group.group_name, runs_on,
             False, False, False,
         )  # fmt: skip
+        # One launch, where a launch can do it; a compiled call is traced through the two ops instead.
+        if runs_on == "triton" and not torch.compiler.is_compiling() and triton_scorer.chooses_from(call):
+            _check_numbers(call.batch, k, temperature, floor)
+            _check_seed(seed, input.device)
+            drawn = seed_tensor(seed, input.device) if temperature > 0 or floor > 0 else None
+            return triton_scorer.score_and_select(call, k, temperature, floor, drawn)
+        _, scores, counts, *_ = torch.ops.attent.linear_cross_entropy(*call)
         valid = counts > 0
         if example_weight is not None:
             valid &= example_weight != 0

@@ -11,6 +11,7 @@ With half-precision inputs all but the GEMMs is float32, and the weight's gradie
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,17 @@ from .vocabulary_shards import Shard, find_shard
 @register("linear_cross_entropy", "torch")
 def linear_cross_entropy_forward(call: Call) -> SixTensors:
     """Loss, scores, counts and, up to the upstream factor, gradients."""
+    return forward(call, run)
+
+
+@register("linear_cross_entropy_backward", "torch")
+def linear_cross_entropy_backward(d_loss: Tensor, call: Call) -> ThreeTensors:
+    """Gradients, the logits computed again."""
+    return backward(d_loss, call, run)
+
+
+def forward(call: Call, run: Run) -> SixTensors:
+    """All that is around the chunks, whatever runs them: the tokens, the upstream gradients, the reduction."""
     with torch.no_grad(), torch.autocast(call.input.device.type, enabled=False):
         shard = find_shard(call.linear_weight, call.group)
         tokens = _tokens(call, shard)
@@ -54,9 +66,8 @@ def linear_cross_entropy_forward(call: Call) -> SixTensors:
         return loss, result.scores, tokens.counts, *_gradients(call, result)
 
 
-@register("linear_cross_entropy_backward", "torch")
-def linear_cross_entropy_backward(d_loss: Tensor, call: Call) -> ThreeTensors:
-    """Gradients, the logits computed again."""
+def backward(d_loss: Tensor, call: Call, run: Run) -> ThreeTensors:
+    """The same around a backward that computes the logits again."""
     with torch.no_grad(), torch.autocast(call.input.device.type, enabled=False):
         shard = find_shard(call.linear_weight, call.group)
         tokens = _tokens(call, shard)
@@ -151,6 +162,9 @@ class Result(NamedTuple):
     input_gradient: Tensor | None  # [total, D]
     weight_gradient: Tensor | None  # [V, D]
     bias_gradient: Tensor | None  # [V]
+
+
+Run = Callable[[Tokens, Problem, Tensor | None], Result]
 
 
 def run(tokens: Tokens, problem: Problem, upstream: Tensor | None) -> Result:

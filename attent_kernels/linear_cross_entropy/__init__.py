@@ -1,0 +1,1 @@
+"""Triton kernels of linear cross-entropy: tensors in, tensors out."""

@@ -1,0 +1,124 @@
+"""Tile sizes by architecture and dtype, and how a launch is cut into vocabulary groups and sweeps: why each is so.
+
+Nothing here has run on a GPU yet: it is derived, and checked by ahead-of-time compilation for registers, spills and
+shared memory. ``ATTENT_AUTOTUNE=1`` measures :data:`CANDIDATES` (see :mod:`.autotune`).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from ..runtime import INTERPRETED, compute_capability
+
+
+class Configuration(NamedTuple):
+    rows: int  # BM, tokens of a tile
+    classes: int  # BN
+    width: int  # BK, of D at a time
+    warps: int
+    stages: int  # of the pipeline that loads tiles
+    resident: int  # programs that a multiprocessor holds at a time
+    flatten: bool  # load the next vocabulary tile's first operands while this one's logits are summed up
+
+
+#: Half precision, by least compute capability. wgmma reads both operands from shared memory, which delivers 128 bytes a
+#: clock: 128 × 256 tiles take about that at the tensor cores' full rate, 128 × 128 tiles a third more. A row of 256
+#: logits is 128 accumulators in each thread of 8 warps, as many as leave room for the sums. mma.sync (sm_80) holds its
+#: operands in registers too, so there 128 columns are what fits.
+HALF = {
+    80: Configuration(128, 128, 32, 8, 4, 1, False),
+    90: Configuration(128, 256, 64, 8, 3, 1, True),
+}
+
+#: float32 in full precision ("ieee") has no tensor cores: small tiles, whose operands fit in registers beside the sums.
+FLOAT32 = Configuration(64, 64, 32, 8, 2, 2, False)
+
+#: What the search tries in half precision.
+CANDIDATES = (
+    Configuration(128, 256, 64, 8, 3, 1, True),
+    Configuration(128, 256, 64, 8, 3, 1, False),
+    Configuration(128, 256, 64, 8, 4, 1, True),
+    Configuration(256, 128, 64, 8, 3, 1, True),
+    Configuration(128, 128, 64, 8, 3, 2, False),
+    Configuration(128, 128, 64, 4, 3, 2, False),
+    Configuration(64, 256, 64, 4, 3, 2, False),
+    Configuration(128, 128, 32, 8, 4, 1, False),
+)
+
+#: Values are what matters in the interpreter, and each operation costs, however small its tensors are.
+_INTERPRETED = Configuration(32, 32, 32, 4, 1, 1, False)
+
+#: The least number of columns of a matrix product on tensor cores.
+_FEWEST_CLASSES = 16
+
+
+def configuration(
+    dtype: torch.dtype, tokens: int, classes: int, *, aligned: bool = True, many_sums: bool = False
+) -> Configuration:
+    """What the table says, in tiles that are not mostly empty for a few tokens or classes.
+
+    ``aligned``: operands are loaded by vectors; element by element they take an address each. ``many_sums``: each logit
+    comes with a mass of its own. Both take registers.
+    """
+    if INTERPRETED:
+        return _INTERPRETED
+    if dtype == torch.float32:
+        chosen = FLOAT32
+    else:
+        capability = compute_capability()
+        chosen = HALF[max((least for least in HALF if least <= capability), default=min(HALF))]
+    if not aligned:
+        chosen = chosen._replace(classes=min(chosen.classes, 64), width=32, flatten=False)
+    elif many_sums:
+        chosen = chosen._replace(classes=min(chosen.classes, 128))
+    few = max(_FEWEST_CLASSES, 1 << max(0, classes - 1).bit_length())
+    if few <= chosen.classes // 2:
+        chosen = chosen._replace(classes=few, warps=4, resident=2)
+    if tokens <= 64 and chosen.rows > 64:  # the least number of rows of wgmma
+        chosen = chosen._replace(rows=64, warps=4)
+    return chosen
+
+
+def processors(device: torch.device) -> int:
+    """Its multiprocessors; those of H100 and H200 where nothing runs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+class Cut(NamedTuple):
+    groups: int
+    group_tiles: int  # vocabulary tiles of a group
+    sweep: int  # row tiles that go through the vocabulary together
+
+
+#: Of L2 (50 MB on H100 and H200, in two halves that may hold the same line twice), for the hidden states of a sweep:
+#: the rest holds the vocabulary tiles that its programs share.
+SWEEP_BYTES = 16 << 20
+#: What a launch's slots may take.
+SLOT_BYTES = 32 << 20
+#: What starting and ending a program costs beside its products, in seconds (estimate: launch, labels, first loads not
+#: overlapped, slots, ticket), and the products' rate of one multiprocessor in FLOP/s (718 TFLOP/s over 132).
+_PROGRAM_SECONDS, _RATE = 5e-6, 5.4e12
+
+
+@lru_cache(maxsize=256)
+def cut(
+    row_tiles: int, classes: int, width: int, itemsize: int, kept: int, processors: int, chosen: Configuration
+) -> Cut:
+    """Groups that leave the fewest idle: of all group sizes the one whose waves of programs take the least time."""
+    tiles = -(-classes // chosen.classes)
+    tile_flops = 2 * chosen.rows * chosen.classes * width
+    start = _PROGRAM_SECONDS * _RATE / tile_flops  # in tiles
+
+    def cost(size: int) -> float:
+        groups = -(-tiles // size)
+        waves = -(-row_tiles * groups // (processors * chosen.resident))
+        return waves * (size + start)
+
+    most = max(1, SLOT_BYTES // (4 * kept * row_tiles * chosen.rows))
+    sizes = [size for size in range(1, tiles + 1) if -(-tiles // size) <= most]
+    best = min(sizes, key=lambda size: (cost(size), -size))
+    sweep = max(1, min(row_tiles, SWEEP_BYTES // (chosen.rows * width * itemsize)))
+    return Cut(-(-tiles // best), best, sweep)
