@@ -222,7 +222,7 @@ def _wrong(results: Results, truth: Results, allowed: dict[str, float], entry: d
 
 def _figures(timed: Timing, workload: Workload, bound: float, baseline: Timing | None) -> dict[str, Any]:
     seconds = statistics.median(timed.wall)
-    quartiles = statistics.quantiles(timed.wall, n=4) if len(timed.wall) > 1 else [seconds] * 3
+    quartiles = statistics.quantiles(timed.wall, n=4, method="inclusive") if len(timed.wall) > 1 else [seconds] * 3
     figures: dict[str, Any] = {
         "seconds": {"median": seconds, "low": quartiles[0], "high": quartiles[2], "min": min(timed.wall)},
         "TFLOP/s": workload.flops / seconds / 1e12,

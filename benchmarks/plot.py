@@ -40,8 +40,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         panel.tick_params(labelsize=8)
     where = result["provenance"]
     panels[-1, 0].set_xlabel(
-        "milliseconds, median and middle half; dotted: the bound, from copy bandwidth and matrix product measured in"
-        f" the same run\n{where.get('gpu', where['processor'])}, torch {where['torch']}, commit {where['commit'][:7]}",
+        "milliseconds: median and middle half; dotted: the bound by copy bandwidth or matrix product\n"
+        f"{where.get('gpu', where['processor'])}, torch {where['torch']}, commit {where['commit'][:7]}",
         fontsize=8,
     )
     figure.tight_layout()

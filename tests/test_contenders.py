@@ -141,7 +141,9 @@ def test_the_truth_of_attention_is_the_specification(which: int) -> None:
     torch.testing.assert_close(truth["scores of the chosen"], expected.selection.score)
 
 
-@pytest.mark.parametrize(("program", "rows"), [(linear_cross_entropy, "48×16"), (attention, "T"), (select, "k 150")])
+@pytest.mark.parametrize(
+    ("program", "rows"), [(linear_cross_entropy, "48×16"), (attention, "causal"), (select, "k 150")]
+)
 def test_the_tiny_scale_of_every_benchmark_measures_attent_and_pytorch(program: Any, rows: str, tmp_path: Path) -> None:
     json = str(tmp_path / "result.json")
     workloads = program.workloads("tiny")
@@ -149,7 +151,7 @@ def test_the_tiny_scale_of_every_benchmark_measures_attent_and_pytorch(program: 
     names = [contender.name for contender in workloads[0].contenders.all]
     names = [name for name in names if not name.startswith("attent triton") or name.endswith("triton + top-k")]
     result = program.main(["--scale", "tiny", "--rounds", "1", "--rows", rows, "--json", json, "--contenders", *names])
-    assert len(result["rows"]) == 2
+    assert len(result["rows"]) == len([workload for workload in workloads if rows in workload.key]) > 0
     for row in result["rows"].values():
         timed = {name for name, entry in row["contenders"].items() if "seconds" in entry}
         assert any(name.startswith("attent torch") for name in timed)

@@ -222,12 +222,12 @@ def test_the_whole_suite_runs_dry(interpreted: str, tmp_path: Path, monkeypatch:
         monkeypatch.delenv("TRITON_INTERPRET")
         parts = list(gpu_suite.PARTS)
     else:
-        parts = ["stress", "attention", "select"]  # in the interpreter "correct" takes minutes
+        parts = ["select"]  # in the interpreter the others take minutes
     monkeypatch.chdir(Path(gpu_suite.__file__).parent.parent)
-    assert gpu_suite.main(["--dry", "--out", str(tmp_path), "--budget", "240", "--part", *parts]) == 0
+    assert gpu_suite.main(["--dry", "--out", str(tmp_path), "--budget", "600", "--part", *parts]) == 0
     (path,) = tmp_path.glob("*.json")
     (run,) = json.loads(path.read_text())["runs"].values()
     assert set(run["parts"]) == set(parts)
     assert os.listdir(tmp_path) == [path.name]
-    backends = {key.rsplit(", ", 1)[1] for key in run["parts"]["stress"]}
-    assert backends == ({"torch", "triton"} if interpreted == "1" else {"torch"})
+    for row in run["parts"]["select"].values():
+        assert ("seconds" in row["contenders"]["attent triton"]) == (interpreted == "1")

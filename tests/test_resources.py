@@ -84,7 +84,7 @@ def compilations() -> Iterator[Any]:
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize(("case", "capability"), compilations())
+@pytest.mark.parametrize(("case", "capability"), list(compilations()))
 def test_kernels_fit_spill_nothing_and_order_their_tickets(case: Case, capability: int) -> None:
     from benchmarks.resources import compile_case, problems
 
