@@ -140,6 +140,7 @@ class CompileEngine:
         pair = GraphPair(graph, self._backend)
         options: dict[str, Any] = {}
         if self._backend == "inductor":
+            import torch._inductor.lowering  # noqa: F401 - decompositions use it without importing it
             from torch._inductor.decomposition import select_decomp_table
 
             options["decompositions"] = select_decomp_table

@@ -15,6 +15,8 @@ import torch
 from torch import SymInt, Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .pinned_random import drop_random_states
+
 BACKENDS = ("inductor", "aot_eager")
 #: Called with its list of arguments, which it empties, so that each is freed after its last use.
 Lowered = Callable[[list[Any]], Any]
@@ -35,6 +37,7 @@ def at_count(size: Any, symbol: Any, count: int) -> int:
 def interpreted(graph: fx.GraphModule) -> Lowered:
     """The graph's operations one after another, for any number of rows."""
     module = copy.deepcopy(graph)
+    drop_random_states(module.graph)
     # Boxed: the generated code drops each argument after its last use.
     module.graph.set_codegen(fx.graph._BoxedCodeGen())
     module.recompile()
@@ -48,6 +51,7 @@ def compiled_by_inductor(graph: fx.GraphModule, arguments: list[Any]) -> Lowered
     for node, value in zip(placeholders(module), arguments, strict=True):
         if not isinstance(value, Tensor):
             _replace(node, value)
+    drop_random_states(module.graph)
     for node in module.graph.nodes:
         node.meta.clear()  # shapes in symbols
     module.recompile()

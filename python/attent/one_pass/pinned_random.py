@@ -36,6 +36,27 @@ def refuse_random(graph: fx.Graph) -> None:
         )
 
 
+def drop_random_states(graph: fx.Graph) -> None:
+    """Take out the saving and setting of random states around operations that draw nothing, here all that have it.
+
+    A state that the forward gives out for the backward is an empty tensor then.
+    """
+    for node in list(graph.nodes):
+        target, args = inner_operation(node)
+        if target is node.target:
+            continue
+        with graph.inserting_before(node):
+            plain = graph.call_function(target, args, dict(node.kwargs))
+            if "save" in str(node.target):
+                state = graph.call_function(torch.ops.aten.empty.memory_format, ([0],))
+                for user in list(node.users):
+                    user.replace_all_uses_with(plain if user.args[1] == 1 else state)
+                    graph.erase_node(user)
+            else:
+                node.replace_all_uses_with(plain)
+        graph.erase_node(node)
+
+
 def inner_operation(node: fx.Node) -> tuple[Any, tuple[Any, ...]]:
     """An operation and its arguments, taken out of what saves or sets the random state around it."""
     target, args = node.target, node.args
