@@ -119,7 +119,7 @@ CUTS = st.sampled_from([(16, 16), (16, 32), (32, 16)])
 USED = st.sets(st.sampled_from(["output", "losses", "logits", "pooled"]), min_size=1)
 
 
-@settings(max_examples=24)
+@settings(max_examples=16)
 @given(problem=problems(examples=2, length=20, dtype=torch.float32), cut=CUTS, used=USED)
 def test_gradients_are_those_of_the_specification(
     problem: tuple[dict[str, Tensor], dict[str, Any]], cut: tuple[int, int], used: set[str]
@@ -220,7 +220,8 @@ def examples_of(tensors: dict[str, Tensor], options: dict[str, Any], cotangent: 
 
 def qkv(options: dict[str, Any], dtype: torch.dtype, width: int = 24, value_width: int = 32) -> dict[str, Tensor]:
     """Two query heads that read one key head; the columns of the keys and the rows of the values lie apart."""
-    lead_q, lead_k = ((2, 2, 37), (2, 1, 50)) if "cu_seqlens_q" not in options else ((55, 2), (73, 1))
+    batch = 2 if "query_lengths" in options else 1
+    lead_q, lead_k = ((batch, 2, 37), (batch, 1, 50)) if "cu_seqlens_q" not in options else ((55, 2), (73, 1))
     query = torch.randn(*lead_q, width)
     key = torch.randn(width, *lead_k).movedim(0, -1)
     value = torch.randn(*lead_k, 2 * value_width)[..., :value_width]
@@ -279,7 +280,7 @@ def test_any_head_dim_up_to_256(widths: tuple[int, int]) -> None:
 
 def test_the_same_call_gives_the_same_bits() -> None:
     options: dict[str, Any] = {"is_causal": True, "enable_gqa": True, "target": torch.randn(1, 2, 37, 32)}
-    tensors = trained({name: x[:1] for name, x in qkv(options, torch.float32).items()})
+    tensors = trained(qkv(options, torch.float32))
     with backward_in_triton():
         out = call(scored_attention, tensors, options)
         first, again = (
@@ -459,6 +460,19 @@ def test_gradients_come_in_the_strides_that_the_op_promises() -> None:
             assert gradient.transpose(1, 2).is_contiguous()
 
 
+def test_a_call_by_name_runs_forward_and_backward_in_triton() -> None:
+    inputs = trained({name: torch.randn(1, 2, 20, 16) for name in ("query", "key", "value")})
+    options: dict[str, Any] = {"target": torch.randn(1, 2, 20, 16), "is_causal": True}
+    found = call(scored_attention, inputs, options, backend="triton")
+    with counted() as launched:
+        ours = torch.autograd.grad(found.losses.sum(), list(inputs.values()))
+    assert launched == ["prepare", "key_value_gradients", "query_gradient"]
+    theirs = torch.autograd.grad(call(scored_attention, inputs, options).losses.sum(), list(inputs.values()))
+    budget = budgets(inputs, options | {"scale": None}, {"losses": torch.ones(1)})
+    for name, a, b in zip(inputs, ours, theirs, strict=True):
+        assert largest(a - b) <= 2 * budget[name], name  # each may be off by it
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "reason"),
     [((1, 1, 2, 4), torch.float64, "float64"), ((1, 1, 2, 257), torch.float32, "256, not 257")],
@@ -523,7 +537,8 @@ HARD = {"softcap": 5.0, "window_left": 100, "window_right": 7, "is_causal": Fals
     ("capability", "dtype", "width", "rows"),
     [
         (80, torch.bfloat16, 128, 1024),
-        (90, torch.bfloat16, 64, 1024),
+        (80, torch.bfloat16, 96, 1024),
+        (90, torch.bfloat16, 48, 1024),
         (90, torch.bfloat16, 96, 1024),
         (80, torch.float16, 256, 1024),
         (90, torch.bfloat16, 128, 1),

@@ -123,7 +123,8 @@ def attention_backward(
             ONLY=only, BLOCK_M=cut.rows, BLOCK_N=cut.keys, num_warps=cut.warps, num_stages=cut.stages, **widths,
         )  # fmt: skip
 
-    case = Case(query.dtype, max(block_d, block_dv), rows <= FEW_QUERIES and not in_one)
+    is_plain = softcap is None and width == block_d and value_width == block_dv
+    case = Case(query.dtype, max(block_d, block_dv), rows <= FEW_QUERIES and not in_one, is_plain)
     with runtime.on_device_of(query):
         block = max(16, min(128, PREPARED // block_dv))
         tiles = query_tiles(block)

@@ -1,15 +1,16 @@
-"""Tiles, warps and stages of attention's backward kernels: a table for each architecture, from a model of its resources.
+"""Tiles, warps and stages of attention's backward kernels: a table for each architecture, from a model of resources.
 
 None of these has been timed: they are not yet run on a GPU. ``ATTENT_AUTOTUNE=1`` measures the candidates of each case
-that it meets and prints the lines to put here. What the table has to satisfy is compiled ahead of time and tested: no
-spills with any option, shared memory within the architecture's limit, wgmma on sm_90 up to D = 128.
+that it meets and prints the lines to put here. What the table has to satisfy is compiled ahead of time and tested:
+shared memory within the architecture's limit, no spills with any option at head dims that are multiples of 16 (others
+are loaded by parts of a row, whose addresses can spill), wgmma on sm_90 at D = 64 and 128.
 
 The model, for M queries, N keys, the wider W of D and DV, element size e, S stages and T threads:
 
 * keys' and values' kernel: registers a thread (2 N W + 2 M N) / T for the gradients, scores and their gradients in
-  float32, M N / T more for p and ds in half precision, M / 2 for each query's logsumexp and delta, some 50 for addresses;
-  shared memory 2 N W e for the key block, S 2 M W e for queries in flight. At W = 128 two gradients of 128 rows take
-  128 of the 255 registers of 256 threads: M = 32 is what is left for, as a compilation confirms (M = 64 spills).
+  float32, M N / T more for p and ds in half precision, M / 2 for each query's logsumexp and delta, some 50 for
+  addresses; shared memory 2 N W e for the key block, S 2 M W e for queries in flight. At W = 128 two gradients of
+  128 rows take 128 of the 255 registers of 256 threads, which leaves M = 32: M = 64 spills when compiled.
 * queries' kernel: registers (M W + 2 M N) / T, M N / T more; shared memory 2 M W e + S 2 N W e.
 * a warpgroup's product, wgmma on sm_90, takes 64 rows of its left operand: N of the first kernel, M of the second are
   multiples of 64 there, of 64 for each 4 warps where registers allow, so that p need not move between warps.
@@ -30,6 +31,7 @@ class Case(NamedTuple):
     dtype: torch.dtype
     width: int  # of a tile that holds the wider of D and DV
     few_queries: bool  # no more than one tile of 16 rows an example
+    is_plain: bool  # no softcap, and D and DV fill their tiles: else slopes and masks take some more registers
 
 
 class Configuration(NamedTuple):
@@ -82,6 +84,13 @@ _HALF: dict[int, dict[str, dict[int, Configuration]]] = {
         },
     },
 }
+# Where what is not plain does not fit into the table's.
+_NOT_PLAIN = {
+    (80, "key_value", 64): Configuration(16, 64, 4, 2),
+    (80, "query", 128): Configuration(64, 32, 8, 2),
+    (90, "key_value", 64): Configuration(32, 64, 4, 2),
+    (90, "key_value", 128): Configuration(32, 64, 8, 2),
+}
 # float32 products are IEEE: fused multiply-adds, whose operands and results are all in registers.
 _FLOAT32: dict[str, dict[int, Configuration]] = {
     "key_value": {
@@ -122,7 +131,9 @@ def choose(kernel: str, case: Case) -> Configuration:
         return _FLOAT32[kernel][column]
     if case.few_queries:
         return _FEW[kernel][column]
-    return _HALF[100 if capability >= 100 else 90 if capability >= 90 else 80][kernel][column]
+    generation = 100 if capability >= 100 else 90 if capability >= 90 else 80
+    found = _HALF[generation][kernel][column]
+    return found if case.is_plain else _NOT_PLAIN.get((generation, kernel, column), found)
 
 
 def candidates(kernel: str, case: Case) -> list[Configuration]:

@@ -5,7 +5,8 @@
 
 of rows t < Lq. dO is written, rounded to the output's dtype as autograd's would be, where it is more than grad_output
 alone; delta is float32 and of the rounded dO, since it stands for Σ_j p_j dO · v_j. The logsumexp of a row without a
-key, -inf, becomes +inf: exp(s - inf) is the 0 that its p is. Reads O, writes dO: bound by memory.
+key, -inf, becomes +inf: exp(s - inf) is the 0 that its p is, were the mask not to say so. Reads O, writes dO: bound by
+memory.
 """
 
 from __future__ import annotations

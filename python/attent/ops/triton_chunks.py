@@ -144,13 +144,21 @@ class _Run:
         self.whole_examples = "head" in self.wanted and not tokens.single
         self.trains = problem.input_gradient or problem.weight_gradient or problem.bias_gradient
         self.writes = self.trains or "hidden" in self.wanted or self.whole_examples
+        scored = bool(self.wanted & {"hidden", "head"})
+        #: What everything computed from the written gradients is divided by; None: 1.
         self.lift: Tensor | None = None
         self.upstream = None if upstream is None or not self.trains else upstream.contiguous()
+        if self.upstream is not None and scored and problem.targets.class_weight is not None:
+            # Smoothing may leave gradients to score where the targets' class weights, a mean's denominator, sum to 0.
+            nothing = (self.upstream == 0).all()
+            self.lift = torch.where(nothing, torch.inf, 1.0)
+            self.upstream = torch.where(nothing, 1.0, self.upstream)
         if self.writes and self.dtype == torch.float16:
-            self.upstream, self.lift = _lifted(self.upstream, tokens, problem)
+            self.upstream, power = _lifted(self.upstream, tokens, problem)
+            self.lift = power if self.lift is None else power * self.lift
         #: What a token's written gradient is to be multiplied by for a score; None: 1.
         self.lowered = None
-        if self.upstream is not None and self.wanted & {"hidden", "head"}:
+        if self.upstream is not None and scored:
             self.lowered = torch.where(self.upstream == 0, 0, self.upstream.reciprocal())
 
         # Shards must cut the tokens alike: the rows are counted for an even share of the vocabulary.
@@ -295,14 +303,13 @@ class _Run:
             weight = torch.zeros(self.weight.shape, dtype=self.dtype, device=self.device)
         if self.problem.bias_gradient and bias is None:
             bias = torch.zeros(len(self.weight), dtype=self.dtype, device=self.device)
-        if self.lift is not None:
-            weight = None if weight is None else weight / self.lift
-            bias = None if bias is None else bias / self.lift
-        return (
-            self.d_input,
-            None if weight is None else weight.to(self.dtype),
-            None if bias is None else bias.to(self.dtype),
-        )
+        return self.d_input, self._lowered(weight), self._lowered(bias)
+
+    def _lowered(self, gradient: Tensor | None) -> Tensor | None:
+        """A gradient divided by ``lift``, in the inputs' dtype: one pass over it."""
+        if gradient is None or self.lift is None:
+            return None if gradient is None else gradient.to(self.dtype)
+        return torch.div(gradient, self.lift, out=gradient.new_empty(gradient.shape, dtype=self.dtype))
 
 
 class RowOptions(NamedTuple):
