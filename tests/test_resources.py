@@ -71,6 +71,7 @@ STACK_LEFT = {
     ("scored_attention", "D 64, bfloat16, one query, readout, drawn"): (80, 90, 100),
     ("scored_attention", "D 128, bfloat16, packed, window, softcap, drawn"): (80,),
     ("scored_attention", "D 256, bfloat16, causal, residual, hard"): (100,),
+    ("linear_cross_entropy", "all options, bfloat16"): (100,),
 }
 
 
