@@ -1,7 +1,7 @@
-"""Arithmetic that kernels share, with its errors on a GPU.
+"""Arithmetic that kernels share: products in float32, and functions that keep their digits where textbook forms cancel.
 
-``tl.exp2`` and ``tl.log2`` are one instruction each there: ex2.approx errs by 2^-22 of its result; lg2.approx by 2^-22
-of its result above 2 and below 1/2, and by 2^-22 absolutely in between (PTX ISA), which near 1 is all of the result.
+On a GPU ``tl.exp2`` is one instruction, ex2.approx, off by 2 units of 2⁻²⁴, and ``tl.exp`` that after one
+multiplication, off by |x| + 2 units; ``tl.log`` and ``tl.log2`` are the CUDA library's (1 unit).
 """
 
 from __future__ import annotations
@@ -17,23 +17,47 @@ _INTERPRETED = tl.constexpr(runtime.INTERPRETED)
 
 
 @triton.jit
-def dot(a, b, sum):
-    """a b + sum, added up in float32; products of float32 in float32, not TF32."""
-    if _INTERPRETED:  # whose product takes the bits of bfloat16 for integers
+def add_product(a, b, total=None):
+    """total + a b, added up in float32; operands in float32 are not rounded to TF32.
+
+    Triton's interpreter holds a bfloat16 as its 16 bits, and up to 3.7 multiplies those: it gets them as float32.
+    """
+    if _INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, sum, input_precision="ieee")
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 to the nearest of ``dtype``. (The interpreter cuts bfloat16's surplus digits off.)"""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
 
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for x >= 0, off by at most 2^-21 of itself however small x is.
+    """log(1 + x) for x >= 0, right to 3 units: what 1 + x is rounded by is divided out again (Kahan)."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
 
-    Up to 1 by log(1 + x) = 2 artanh(t), t = x / (2 + x) <= 1/3, whose series is cut after t^15 / 15: what is left out
-    is below t^16 / 17 < 2^-29 of the sum. Above 1 by the logarithm of a number of at least 2.
+
+@triton.jit
+def capped(z, softcap):
+    """z̃ = c tanh(z/c) and its slope d = 1 − (z̃/c)².
+
+    With e = exp(−2|z|/c), tanh = (1 − e)/(1 + e) is right to 5 units where 1 − e does not cancel, from |z|/c = 1/4 on;
+    below, the series' next term is 9e-3 (1/4)¹⁰ < 1e-8 of it. d = 4e/(1 + e)² cancels nowhere.
     """
-    t = x / (2.0 + x)
-    u = t * t
-    tail = 1.0 / 11 + u * (1.0 / 13 + u * (1.0 / 15))
-    series = 1.0 + u * (1.0 / 3 + u * (1.0 / 5 + u * (1.0 / 7 + u * (1.0 / 9 + u * tail))))
-    return tl.where(x <= 1.0, 2.0 * t * series, tl.log2(1.0 + x) * LN_2)
+    x = z * (1.0 / softcap)
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
+    half = 1.0 / (1.0 + e)  # one division, the costliest operation here, for both
+    far = (1.0 - e) * half
+    small = tl.where(tl.abs(x) < 0.25, x, 0.0)
+    q = small * small
+    near = small * (1.0 + q * (-1.0 / 3 + q * (2.0 / 15 + q * (-17.0 / 315 + q * (62.0 / 2835)))))
+    tanh = tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
+    return softcap * tanh, 4.0 * e * (half * half)

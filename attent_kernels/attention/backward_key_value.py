@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..arithmetic import add_product
 from .backward_tiles import (
     find_tile,
     live_rows,
@@ -21,7 +22,6 @@ from .backward_tiles import (
     looks_at,
     number_pointer,
     probabilities,
-    product,
     store_rows,
     store_zeros,
 )
@@ -99,20 +99,20 @@ def key_value_gradients(
             b_grad = load_rows(p_grad + step * grad_output.row, m_row, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
             b_logsumexp = tl.load(p_logsumexp + o_row, m_row, other=float("inf"))  # [BLOCK_M]; +inf: p = 0
 
-            b_dot = product(b_key, tl.trans(b_query))  # [BLOCK_N, BLOCK_M], as all below
+            b_dot = add_product(b_key, tl.trans(b_query))  # [BLOCK_N, BLOCK_M], as all below
             b_p, slope = probabilities(b_dot, b_logsumexp[None, :], scale, softcap)
             if window.left is not None or window.right is not None:
                 # Of every tile: loops of their own for tiles that need no mask took many more registers, and so did a
                 # branch on sm_80.
                 b_p = tl.where(looks_at(o_row[None, :], o_key[:, None], rows, keys, window), b_p, 0.0)
             if WANT_VALUE:
-                b_grad_value = product(b_p.to(b_grad.dtype), b_grad, b_grad_value)
+                b_grad_value = add_product(b_p.to(b_grad.dtype), b_grad, b_grad_value)
             if WANT_KEY:
                 b_delta = tl.load(p_delta + o_row, m_row, other=0.0)  # [BLOCK_M]
-                b_ds = b_p * (product(b_value, tl.trans(b_grad)) - b_delta[None, :])
+                b_ds = b_p * (add_product(b_value, tl.trans(b_grad)) - b_delta[None, :])
                 if softcap is not None:
                     b_ds = b_ds * slope
-                b_grad_key = product(b_ds.to(b_query.dtype), b_query, b_grad_key)
+                b_grad_key = add_product(b_ds.to(b_query.dtype), b_query, b_grad_key)
 
     # Padding has gradient 0, and so have packed keys before the first example's and behind the last one's.
     end = keys if key_segments.cu_ptr is not None else key_segments.most

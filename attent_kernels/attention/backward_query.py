@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..arithmetic import add_product
 from .backward_tiles import (
     find_tile,
     live_rows,
@@ -17,7 +18,6 @@ from .backward_tiles import (
     looks_at,
     number_pointer,
     probabilities,
-    product,
     store_rows,
     store_zeros,
 )
@@ -88,13 +88,13 @@ def query_gradient(
         b_key = load_rows(p_key + step * key.row, o_key < keys, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         b_value = load_rows(p_value + step * value.row, o_key < keys, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
 
-        b_dot = product(b_query, tl.trans(b_key))  # [BLOCK_M, BLOCK_N], as all below
+        b_dot = add_product(b_query, tl.trans(b_key))  # [BLOCK_M, BLOCK_N], as all below
         b_p, slope = probabilities(b_dot, b_logsumexp[:, None], scale, softcap)
         b_p = tl.where(looks_at(o_row[:, None], o_key[None, :], rows, keys, window), b_p, 0.0)
-        b_ds = b_p * (product(b_grad, tl.trans(b_value)) - b_delta[:, None])
+        b_ds = b_p * (add_product(b_grad, tl.trans(b_value)) - b_delta[:, None])
         if softcap is not None:
             b_ds = b_ds * slope
-        b_grad_query = product(b_ds.to(b_key.dtype), b_key, b_grad_query)
+        b_grad_query = add_product(b_ds.to(b_key.dtype), b_key, b_grad_query)
 
     # Padding has gradient 0, and so have packed queries before the first example's and behind the last one's.
     p_grad_query = row_pointers(grad_query, example, head, first_query + o_row, o_d)

@@ -11,11 +11,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .. import runtime
 from ..arithmetic import LOG2_E
 from .layout import find_packed_tile, find_segment
-
-INTERPRETED = tl.constexpr(runtime.INTERPRETED)
 
 
 class Numbers(NamedTuple):
@@ -103,17 +100,6 @@ def looks_at(row, key, rows, keys, window):
     if window.right is not None:
         looks = looks & (key <= position + window.right)
     return looks
-
-
-@triton.jit
-def product(a, b, acc=None):
-    """a b, added to float32 ``acc``; float32 operands are not rounded to tf32.
-
-    Triton's interpreter holds a bfloat16 as its 16 bits, and up to 3.7 multiplies those: it gets them as float32.
-    """
-    if INTERPRETED and a.dtype == tl.bfloat16:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit

@@ -124,7 +124,7 @@ def _launch(
     query, key, value, cu = attention.query, attention.key, attention.value, attention.cu_seqlens_q
     packed, device = cu is not None, query.device
     heads, width, value_width = query.shape[1], query.shape[-1], value.shape[-1]
-    block_m, block_n, warps, stages = configuration
+    block_m, block_n, warps, stages, registers = configuration
     if only_pooled_row:
         tiles = batch if packed else 1
     else:
@@ -183,5 +183,5 @@ def _launch(
             PER_EXAMPLE=loss.per_example, NEGATE=attention.scale < 0,
             GUMBEL=temperature > 0, FLOOR=k_floor > 0,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=padded(width), BLOCK_DV=block_dv,
-            num_warps=warps, num_stages=stages,
+            num_warps=warps, num_stages=stages, maxnreg=registers,
         )  # fmt: skip

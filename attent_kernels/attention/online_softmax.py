@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..arithmetic import LN_2, LOG2_E, dot
+from ..arithmetic import LN_2, LOG2_E, add_product, rounded
 from .layout import row_pointers
 from .masks import keys_of
 
@@ -99,8 +99,7 @@ def _attend_to(
             p_value + i_key64 * value.row, o_key[:, None] < keys, o_dv[None, :] < DV, MASKED, DV != BLOCK_DV
         )
 
-        b_s = tl.zeros([b_max.shape[0], BLOCK_N], tl.float32)
-        b_s = dot(b_query, tl.trans(b_key), b_s)  # [BLOCK_M, BLOCK_N]
+        b_s = add_product(b_query, tl.trans(b_key))  # [BLOCK_M, BLOCK_N]
         if softcap is not None:
             b_s = cap(b_s * scale, softcap) * LOG2_E
             factor = 1.0
@@ -118,7 +117,7 @@ def _attend_to(
         b_p = tl.exp2(b_s * factor - b_pivot[:, None])
         b_scale = tl.exp2(b_max - b_pivot)
         b_sum = b_sum * b_scale + tl.sum(b_p, 1)
-        b_acc = dot(b_p.to(b_value.dtype), b_value, b_acc * b_scale[:, None])
+        b_acc = add_product(rounded(b_p, b_value.dtype), b_value, b_acc * b_scale[:, None])
         b_max = b_new
     return b_max, b_sum, b_acc
 

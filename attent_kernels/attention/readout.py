@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..arithmetic import LN_2, LOG2_E, dot, log1p
+from ..arithmetic import LN_2, LOG2_E, add_product, log1p
 
 GROUP = tl.constexpr(16)
 #: Classes and features of one step of a group's product: the weight's tile, 64 × 64.
@@ -153,7 +153,7 @@ def _logits(classifier, o_example, inside, o_class, features):
         if b_h.dtype != b_w.dtype:  # a product of the two in float32
             b_h = wide
             b_w = b_w.to(tl.float32)
-        b_z = dot(b_h, tl.trans(b_w), b_z)
+        b_z = add_product(b_h, tl.trans(b_w), b_z)
     if classifier.bias_ptr is not None:
         p_bias = classifier.bias_ptr + o_class.to(tl.int64) * classifier.bias_class
         b_z += tl.load(p_bias, in_classes, other=0.0).to(tl.float32)[None, :]

@@ -153,7 +153,7 @@ def score_kernel(
         tl.store(p_slot + 5 * groups * capacity, t)
         tl.store(p_slot + 6 * groups * capacity, o)
     tl.store(scratch.own + rows, own, (label >= begin * BN) & (label < end * BN))
-    if out.head is not None:  # noqa: SIM102 - decided when compiled, the next one when run
+    if out.head is not None:
         if (group == 0) & (is_needed == 1):
             square = tl.zeros([BM], tl.float32)
             for start in range(0, width, BK):
