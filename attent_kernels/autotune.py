@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, TypeVar
 
+import torch
+
 from . import runtime
 
 Configuration = TypeVar("Configuration", bound=tuple[Any, ...])
@@ -26,8 +28,11 @@ def pick(
     candidates: Callable[[], Iterable[Configuration]],
     launch: Callable[[Configuration], object],
 ) -> Configuration:
-    """The table's configuration; under ATTENT_AUTOTUNE=1 on a GPU, the candidate with which ``launch`` takes least."""
-    if not ENABLED or runtime.INTERPRETED:
+    """The table's configuration; under ATTENT_AUTOTUNE=1 on a GPU, the candidate with which ``launch`` takes least.
+
+    Nothing is measured while a CUDA graph is captured: launches would go into the graph.
+    """
+    if not ENABLED or runtime.INTERPRETED or not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
         return table
     key = (kernel, runtime.compute_capability(), shape_class)
     if key not in _best:

@@ -25,7 +25,7 @@ from .backward_tiles import (
     store_rows,
     store_zeros,
 )
-from .layout import find_segment, num_tiles, row_pointers
+from .layout import find_segment, num_tiles, row_pointers, row_stride
 from .masks import queries_of
 
 
@@ -95,8 +95,8 @@ def key_value_gradients(
             o_row = i_row + tl.arange(0, BLOCK_M)
             m_row = o_row < stop
             step = tl.cast(i_row - start, tl.int64)
-            b_query = load_rows(p_query + step * query.row, m_row, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-            b_grad = load_rows(p_grad + step * grad_output.row, m_row, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+            b_query = load_rows(p_query + step * row_stride(query), m_row, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+            b_grad = load_rows(p_grad + step * row_stride(grad_output), m_row, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
             b_logsumexp = tl.load(p_logsumexp + o_row, m_row, other=float("inf"))  # [BLOCK_M]; +inf: p = 0
 
             b_dot = add_product(b_key, tl.trans(b_query))  # [BLOCK_N, BLOCK_M], as all below
@@ -130,9 +130,9 @@ def key_value_gradients(
         o_any = tl.arange(0, BLOCK_N)
         if WANT_KEY:
             p_any = row_pointers(grad_key, example, kv_head, o_any, o_d)
-            store_zeros(p_any, grad_key.row, 0, before, D, BLOCK_N, BLOCK_D)
-            store_zeros(p_any, grad_key.row, first_key + keys, behind, D, BLOCK_N, BLOCK_D)
+            store_zeros(p_any, row_stride(grad_key), 0, before, D, BLOCK_N, BLOCK_D)
+            store_zeros(p_any, row_stride(grad_key), first_key + keys, behind, D, BLOCK_N, BLOCK_D)
         if WANT_VALUE:
             p_any = row_pointers(grad_value, example, kv_head, o_any, o_dv)
-            store_zeros(p_any, grad_value.row, 0, before, DV, BLOCK_N, BLOCK_DV)
-            store_zeros(p_any, grad_value.row, first_key + keys, behind, DV, BLOCK_N, BLOCK_DV)
+            store_zeros(p_any, row_stride(grad_value), 0, before, DV, BLOCK_N, BLOCK_DV)
+            store_zeros(p_any, row_stride(grad_value), first_key + keys, behind, DV, BLOCK_N, BLOCK_DV)

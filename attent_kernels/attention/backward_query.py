@@ -21,7 +21,7 @@ from .backward_tiles import (
     store_rows,
     store_zeros,
 )
-from .layout import find_segment, num_tiles, row_pointers
+from .layout import find_segment, num_tiles, row_pointers, row_stride
 from .masks import keys_of
 
 
@@ -85,8 +85,8 @@ def query_gradient(
     for i_key in range(low, high, BLOCK_N):
         o_key = i_key + tl.arange(0, BLOCK_N)
         step = tl.cast(i_key, tl.int64)
-        b_key = load_rows(p_key + step * key.row, o_key < keys, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        b_value = load_rows(p_value + step * value.row, o_key < keys, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        b_key = load_rows(p_key + step * row_stride(key), o_key < keys, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        b_value = load_rows(p_value + step * row_stride(value), o_key < keys, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
 
         b_dot = add_product(b_query, tl.trans(b_key))  # [BLOCK_M, BLOCK_N], as all below
         b_p, slope = probabilities(b_dot, b_logsumexp[:, None], scale, softcap)
@@ -108,5 +108,5 @@ def query_gradient(
         before = tl.where((example == 0) & (tile == 0), first_query, 0)
         is_last = (example == num_examples - 1) & (tile == num_tiles(rows, BLOCK_M) - 1)
         behind = tl.where(is_last, query_segments.most, 0)
-        store_zeros(p_any, grad_query.row, 0, before, D, BLOCK_M, BLOCK_D)
-        store_zeros(p_any, grad_query.row, first_query + rows, behind, D, BLOCK_M, BLOCK_D)
+        store_zeros(p_any, row_stride(grad_query), 0, before, D, BLOCK_M, BLOCK_D)
+        store_zeros(p_any, row_stride(grad_query), first_query + rows, behind, D, BLOCK_M, BLOCK_D)

@@ -27,6 +27,7 @@ class Rows(NamedTuple):
     head: int
     row: int
     column: int
+    aligned: Any = None  # 1: rows start at multiples of 16 bytes, though not all strides are multiples of 16
 
 
 class Segments(NamedTuple):
@@ -43,15 +44,32 @@ def rows_of(tensor: Tensor | None) -> Rows:
         return Rows(None, 0, 0, 0, 0)
     if tensor.dim() == 3:
         row, head, column = tensor.stride()
-        return Rows(tensor, 0, head, row, column)
-    return Rows(tensor, *tensor.stride())
+        example = 0
+    else:
+        example, head, row, column = tensor.stride()
+    # Triton sees by itself that an integer is a multiple of 16, but not that head dimensions such as 72 are of 8: without
+    # that it loads element by element.
+    strides = (example, head, row)
+    by_8 = column == 1 and tensor.data_ptr() % 16 == 0 and not any(stride % 8 for stride in strides)
+    return Rows(tensor, example, head, row, column, 1 if by_8 and any(stride % 16 for stride in strides) else None)
 
 
 @triton.jit
 def row_pointers(rows, example, head, row, column):
     """Addresses [R, C] of rows [R] and columns [C] of one example's head; ``row`` counts from the tensor's first."""
-    start = rows.ptr + example.to(tl.int64) * rows.example + head.to(tl.int64) * rows.head
-    return start + row[:, None].to(tl.int64) * rows.row + column[None, :].to(tl.int64) * rows.column
+    start = example.to(tl.int64) * rows.example + head.to(tl.int64) * rows.head
+    if rows.aligned is not None:
+        start = tl.multiple_of(start, 8)
+    return rows.ptr + start + row[:, None].to(tl.int64) * row_stride(rows) + column[None, :].to(tl.int64) * rows.column
+
+
+@triton.jit
+def row_stride(rows):
+    """From one row to the next, in elements, 64-bit."""
+    stride = tl.cast(rows.row, tl.int64)
+    if rows.aligned is not None:
+        stride = tl.multiple_of(stride, 8)
+    return stride
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..arithmetic import LN_2, LOG2_E, add_product, rounded
-from .layout import row_pointers
+from .layout import row_pointers, row_stride
 from .masks import keys_of
 
 
@@ -94,9 +94,9 @@ def _attend_to(
         o_key = i_key + tl.arange(0, BLOCK_N)
         i_key64 = tl.cast(i_key, tl.int64)
         # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
-        b_key = _load(p_key + i_key64 * key.row, o_key[:, None] < keys, o_d[None, :] < D, MASKED, D != BLOCK_D)
+        b_key = _load(p_key + i_key64 * row_stride(key), o_key[:, None] < keys, o_d[None, :] < D, MASKED, D != BLOCK_D)
         b_value = _load(
-            p_value + i_key64 * value.row, o_key[:, None] < keys, o_dv[None, :] < DV, MASKED, DV != BLOCK_DV
+            p_value + i_key64 * row_stride(value), o_key[:, None] < keys, o_dv[None, :] < DV, MASKED, DV != BLOCK_DV
         )
 
         b_s = add_product(b_query, tl.trans(b_key))  # [BLOCK_M, BLOCK_N]
