@@ -38,9 +38,9 @@ class Configuration(NamedTuple):
 # take 128.
 _HALF = {
     80: {
-        16: Configuration(128, 64, 4, 3),
-        32: Configuration(128, 64, 4, 3),
-        64: Configuration(128, 64, 4, 3),
+        16: Configuration(128, 64, 4, 3, 255),
+        32: Configuration(128, 64, 4, 3, 255),
+        64: Configuration(128, 64, 4, 3, 255),
         128: Configuration(64, 64, 8, 2),
         256: Configuration(64, 32, 8, 2),
     },
@@ -54,9 +54,9 @@ _HALF = {
 }
 # float32 products are IEEE: fused multiply-adds, whose operands and results are all in registers.
 _FLOAT32 = {
-    16: Configuration(64, 32, 4, 2),
-    32: Configuration(64, 32, 4, 2),
-    64: Configuration(64, 32, 8, 2),
+    16: Configuration(64, 32, 8, 2, 255),
+    32: Configuration(64, 32, 8, 2, 255),
+    64: Configuration(64, 32, 8, 2, 255),
     128: Configuration(32, 16, 8, 1),
     256: Configuration(16, 32, 8, 1),
 }
@@ -85,7 +85,9 @@ def choose(width: int, dtype: torch.dtype, few_queries: bool) -> Configuration:
         return _INTERPRETED
     if few_queries:
         found = _FEW[column]
-        return found if dtype != torch.float32 else found._replace(block_n=min(found.block_n, 32), stages=2)
+        return (
+            found if dtype != torch.float32 else found._replace(block_n=min(found.block_n, 32), stages=2, registers=255)
+        )
     if dtype == torch.float32:
         return _FLOAT32[column]
     return _HALF[90 if capability >= 90 else 80][column]

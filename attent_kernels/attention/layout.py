@@ -47,8 +47,8 @@ def rows_of(tensor: Tensor | None) -> Rows:
         example = 0
     else:
         example, head, row, column = tensor.stride()
-    # Triton sees by itself that an integer is a multiple of 16, but not that head dimensions such as 72 are of 8: without
-    # that it loads element by element.
+    # Triton sees by itself that an integer is a multiple of 16, but not that a head dimension such as 72 is one of 8.
+    # Without knowing that it loads element by element.
     strides = (example, head, row)
     by_8 = column == 1 and tensor.data_ptr() % 16 == 0 and not any(stride % 8 for stride in strides)
     return Rows(tensor, example, head, row, column, 1 if by_8 and any(stride % 16 for stride in strides) else None)

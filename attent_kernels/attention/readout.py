@@ -19,9 +19,11 @@ import triton.language as tl
 from ..arithmetic import LN_2, LOG2_E, add_product, log1p
 
 GROUP = tl.constexpr(16)
-#: Classes and features of one step of a group's product: the weight's tile, 64 × 64.
+#: Classes and features of one step of a group's product: the weight's tile.
 CLASSES = tl.constexpr(64)
 FEATURES = tl.constexpr(64)
+#: The same of a product in float32, whose operands are all in registers: more spill.
+FLOAT32_FEATURES = tl.constexpr(16)
 
 
 class Classifier(NamedTuple):
@@ -136,8 +138,13 @@ def _logits(classifier, o_example, inside, o_class, features):
     in_classes = o_class < classifier.classes
     p_weight = classifier.weight_ptr + o_class[:, None].to(tl.int64) * classifier.weight_class
     p_pooled = classifier.pooled_ptr + o_example[:, None].to(tl.int64) * features
-    for start in range(0, features, FEATURES):
-        o_feature = start + tl.arange(0, FEATURES)
+    IS_HALF: tl.constexpr = (
+        classifier.weight_ptr.dtype == classifier.pooled_ptr.dtype
+        and classifier.weight_ptr.dtype.element_ty != tl.float32
+    )
+    STEP: tl.constexpr = FEATURES if IS_HALF else FLOAT32_FEATURES
+    for start in range(0, features, STEP):
+        o_feature = start + tl.arange(0, STEP)
         in_features = o_feature < features
         # [GROUP, FEATURES], by other programs; [CLASSES, FEATURES]
         b_h = tl.load(
@@ -150,7 +157,7 @@ def _logits(classifier, o_example, inside, o_class, features):
         )
         wide = b_h.to(tl.float32)
         b_square += tl.sum(wide * wide, 1)
-        if b_h.dtype != b_w.dtype:  # a product of the two in float32
+        if not IS_HALF:
             b_h = wide
             b_w = b_w.to(tl.float32)
         b_z = add_product(b_h, tl.trans(b_w), b_z)
