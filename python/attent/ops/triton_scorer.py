@@ -16,9 +16,8 @@ from .select_top_k import floor_count
 
 
 def takes(call: Call) -> bool:
-    """Whether the launch can do it: no gradient computed along, no vocabulary shards, no score that needs more."""
-    wants_gradient = call.input_gradient or call.weight_gradient or call.bias_gradient
-    if call.group is not None or (wants_gradient and call.gradients_in_forward):
+    """Whether the launch can do it: no gradient is wanted, no vocabulary shards, no score that needs more."""
+    if call.group is not None or call.input_gradient or call.weight_gradient or call.bias_gradient:
         return False
     single = call.cu_seqlens is None and call.input.shape[1:-1].numel() == 1
     given = {"loss", "logit", "head"} if single else {"loss", "logit"}

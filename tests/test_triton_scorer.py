@@ -1,0 +1,453 @@
+"""The scorer in one Triton launch against the specification: every option, tile, group and order of tickets."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import attent
+from attent import reference
+from attent.ops import triton_scorer
+from attent.ops.linear_cross_entropy_op import Call
+from attent_kernels import runtime
+from attent_kernels.linear_cross_entropy.launch_scorer import Scored, block_of_examples, score_tokens
+
+from .fast_interpreter import fast_interpreter as fast_interpreter
+from .linear_cross_entropy_problems import PER_EXAMPLE, REDUCTIONS, Problem, problems
+from .scorer_tiles import launches, products, small_tiles
+
+# What stands in lanes that are left out, the interpreter's NumPy complains about.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow|All-NaN slice):RuntimeWarning")
+
+U = 2.0**-24
+NAN = float("nan")
+
+
+def is_single(problem: Problem) -> bool:
+    return "cu_seqlens" not in problem.options and problem.input.shape[1:-1].numel() == 1
+
+
+def names_for(problem: Problem) -> tuple[str, ...]:
+    return ("loss", "logit", "head") if is_single(problem) else ("logit", "loss")
+
+
+def score(problem: Problem, **options: Any) -> Any:
+    return attent.linear_cross_entropy(*problem[:3], **problem.options, **options, backend="triton")
+
+
+# ------------------------------------------------------------------------------------------------- the specification
+
+
+class Budget:
+    """By how much losses and squared norms may be off, derived from the problem in float64.
+
+    A logit is a float32 sum of D products and a bias: off by (D + 1) u Σ|h_d w_d|. Its exponential is off by the
+    rounding of z̃ − m and of its product with log2(e), 3 u |z̃ − m|, as much as if z̃ were off by that; |z̃ − m| is at
+    most twice the largest |z̃|. A cap's series and quotient are off by 7 u c. In all a logit is off by ``e``.
+
+    A token's loss changes with its logits by ‖g‖₁ <= 2 M at most, so by 2 M e; its sums have V terms and some twenty
+    operations of numbers up to M (2 max|z̃| + log V).
+    g = d (M p − μ) changes by M/2 |Δp| + 2 M |Δd|, |Δd| <= 2/c: by e √V M (1 + 4/c) in norm. ‖g‖² is then off by twice
+    ‖g‖ times that and its square; its own sums by (V + 30) u, of ‖g‖² for index targets without smoothing, else of
+    what is added and subtracted there, at most 4 M² (see the header of ``online.py``).
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        options, (classes, width) = problem.options, problem.linear_weight.shape
+        bias, weight, softcap = (options.get(name) for name in ("linear_bias", "weight", "softcap"))
+        hidden = problem.input.reshape(-1, width)
+        size = (hidden.abs() @ problem.linear_weight.abs().T + (0 if bias is None else bias.abs())).amax(1)  # [N]
+        cap = 0.0 if softcap is None else softcap
+        largest = size if softcap is None else size.clamp(max=softcap)
+        error = U * ((width + 1) * size + 6 * largest + 7 * cap)
+        mass = 1.0 if weight is None else float(weight.max())
+        terms = (classes + 20) * U
+        loss = mass * (2 * error + terms * (2 * largest + math.log(classes) + 1))
+        self.loss = float(loss.max()) if len(loss) else 0.0
+        change = error * math.sqrt(classes) * mass * (1 + (4 / cap if cap else 0))
+        self.change = float(change.max()) if len(change) else 0.0
+        self.terms = (classes + 30) * U
+        self.mass = mass
+        self.is_spread = problem.target.is_floating_point() or options.get("label_smoothing", 0) > 0
+
+    def square(self, tokens: Tensor, square: Tensor) -> Tensor:
+        """Of Σ_t ‖g_t‖² of so many tokens; Σ‖g_t‖ <= √T √Σ‖g_t‖²."""
+        kept = 4 * self.mass**2 * tokens if self.is_spread else square
+        return 2 * (tokens * square).sqrt() * self.change + tokens * self.change**2 + (self.terms + tokens * U) * kept
+
+
+def assert_is_reference(problem: Problem, loss: Tensor, scores: dict[str, Tensor], **how: Any) -> None:
+    exact = problem.to(torch.float64)
+    options: dict[str, Any] = {**exact.options, **how}
+    expected, right = reference.linear_cross_entropy(*exact[:3], **options, score=names_for(problem))
+    budget = Budget(exact)
+    assert loss.dtype == torch.float32 and loss.shape == expected.shape
+    lengths = torch.tensor(problem.lengths, dtype=torch.float64)
+    n = torch.tensor([int(problem.valid(i).sum()) for i in range(len(lengths))], dtype=torch.float64)
+
+    # What is added up: (1 + T) roundings of numbers that are at most the largest token loss, and that loss's error.
+    token_losses = reference.linear_cross_entropy(*exact[:3], **{**options, "reduction": "none"}).abs()
+    most = float(token_losses.max()) if token_losses.numel() else 0.0
+    factor = options.get("example_weight")
+    factor = 1.0 if factor is None or not len(factor) else float(factor.max())
+    per_token = budget.loss * factor + 4 * U * most
+    tokens = float(n.sum())
+    of_sum = tokens * (per_token + (tokens + 4) * U * most)
+    reduction = how.get("reduction", "mean")
+    if reduction == "mean":
+        whole = reference.linear_cross_entropy(*exact[:3], **{**options, "reduction": "sum"})
+        denominator = abs(float(whole) / float(expected)) if float(expected) else 1.0
+        of_sum = of_sum / denominator + 8 * U * abs(float(expected))
+    allowed = {"none": per_token, "example": per_token + (float(lengths.max()) if len(lengths) else 0) * U * most}
+    error = (loss - expected).abs()
+    assert bool((error <= allowed.get(reduction, of_sum)).all()), (loss, expected)
+
+    square_of_scale = {"mean": n.clamp(min=1) ** -2, "sum": n**0, "rms": 1 / n.clamp(min=1)}[how["per_example"]]
+    for name, values in scores.items():
+        truth = right[name]
+        if name == "loss":
+            bound = budget.loss + (lengths + 8) * U * truth.abs().clamp(min=budget.loss)
+            difference = (values - truth).abs()
+        else:
+            features = torch.ones(())
+            if name == "head":  # of one token, ‖g‖ times the length of [h 1]
+                features = exact.input.reshape(len(n), exact.input.shape[-1]).square().sum(1) + (
+                    exact.options["linear_bias"] is not None
+                )
+            whole = truth.square() / square_of_scale  # Σ_t ‖g_t‖² ‖features‖²
+            bound = features * budget.square(n, whole / features.clamp(min=1e-300)) + 16 * U * whole
+            bound = square_of_scale * (bound + exact.input.shape[-1] * U * whole)
+            difference = (values.double().square() - truth.square()).abs()
+        assert values.dtype == torch.float32 and bool((difference <= bound).all()), (name, values, truth, bound)
+
+
+def check_one(problem: Problem, how: dict[str, Any], tiles: dict[str, int]) -> None:
+    with small_tiles(**tiles), launches() as launched:
+        loss, scores = score(problem, score=names_for(problem), **how)
+    assert launched[0] == (len(problem.lengths) > 0)
+    assert runtime.open_tickets() == 0
+    assert_is_reference(problem, loss, scores, **how)
+
+
+HOW = st.fixed_dictionaries({"reduction": st.sampled_from(REDUCTIONS), "per_example": st.sampled_from(PER_EXAMPLE)})
+TILES = st.fixed_dictionaries(
+    {"rows": st.sampled_from([4, 8]), "group_tiles": st.sampled_from([1, 2]), "sweep": st.sampled_from([2, 1, 9])}
+)
+DTYPE = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+@settings(max_examples=15)
+@given(problem=problems(), dtype=DTYPE, how=HOW, tiles=TILES)
+def test_losses_and_scores_are_the_specifications(
+    problem: Problem, dtype: torch.dtype, how: dict[str, Any], tiles: dict[str, int]
+) -> None:
+    check_one(problem.to(dtype), how, tiles)
+
+
+@pytest.mark.slow
+@settings(max_examples=200)
+@given(problem=problems(), dtype=DTYPE, how=HOW, tiles=TILES)
+def test_losses_and_scores_are_the_specifications_whatever_is_drawn(
+    problem: Problem, dtype: torch.dtype, how: dict[str, Any], tiles: dict[str, int]
+) -> None:
+    check_one(problem.to(dtype), how, tiles)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "smoothed": {"label_smoothing": 0.2},
+    "smoothed over weights": {"label_smoothing": 0.2, "weight": torch.linspace(0.2, 2, 37)},
+    "probabilities": {"weight": torch.linspace(0.2, 2, 37)},
+    "capped": {"softcap": 4.0},
+    "capped and smoothed": {"softcap": 4.0, "label_smoothing": 0.2},
+    "capped probabilities": {"softcap": 4.0},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_tiles_and_groups_merge_to_the_whole_vocabulary(kind: str) -> None:
+    hidden, bias = torch.randn(6, 9), torch.randn(37)
+    target = torch.rand(6, 37) if "probabilities" in kind else torch.randint(37, (6,))
+    problem = Problem(hidden, torch.randn(37, 9), target, {"linear_bias": bias, **KINDS[kind]})
+    with small_tiles(rows=8, classes=8, width=16, group_tiles=3):  # 2 groups, of 3 and 2 tiles of 2 halves
+        loss, scores = score(problem, score=names_for(problem), per_example="sum")
+    assert_is_reference(problem, loss, scores, per_example="sum")
+
+
+def test_targets_at_any_strides() -> None:
+    hidden, weight = torch.randn(3, 5, 6).transpose(0, 1), torch.randn(9, 6)
+    labels, q = torch.randint(9, (3, 5)).T, torch.rand(9, 5, 3).permute(1, 2, 0)
+    for target in (labels, q):
+        problem = Problem(hidden, weight, target, {"linear_bias": None})
+        with small_tiles():
+            loss, scores = score(problem, score=("logit", "loss"), per_example="sum")
+        assert_is_reference(problem, loss, scores, per_example="sum")
+
+
+def test_a_vector_of_weights_may_be_spread_out_too() -> None:
+    every_second = torch.rand(9, 2)[:, 0]
+    options = {"linear_bias": every_second, "weight": every_second + 1, "example_weight": torch.rand(3, 2)[:, 1]}
+    problem = Problem(torch.randn(3, 2, 6), torch.randn(9, 6), torch.randint(9, (3, 2)), options)
+    with small_tiles():
+        loss, scores = score(problem, score=("logit", "loss"), per_example="sum")
+    assert_is_reference(problem, loss, scores, per_example="sum")
+
+
+# --------------------------------------------------------------------------------------------------- confident tokens
+
+
+@pytest.mark.parametrize("miss", [1e-3, 1e-7, 1e-9])
+def test_confident_tokens_keep_their_digits(miss: float) -> None:
+    classes, rows = 60, 8
+    target = torch.arange(rows) * 5 % classes
+    logits = torch.randn(rows, classes)
+    logits[torch.arange(rows), target] = -math.inf
+    logits[torch.arange(rows), target] = logits.logsumexp(1) - math.log(miss)
+    # Hidden states times this head are the logits, exactly. Exponentials are of arguments up to |log miss| + 10.
+    problem = Problem(logits, torch.eye(classes), target, {})
+    with small_tiles(rows=8, classes=16, width=64):
+        loss, scores = score(problem, score=("loss", "logit", "head"), reduction="none")
+    exact = problem.to(torch.float64)
+    expected, right = reference.linear_cross_entropy(
+        *exact[:3], score=("loss", "logit", "head"), reduction="none", linear_bias=None
+    )
+    # The specification's own logarithm of p_y is off by float64's rounding of logits below 32.
+    allowed = 3 * (abs(math.log(miss)) + 10 + classes) * U + 32 * 2.0**-53 / miss
+    torch.testing.assert_close(loss.double(), expected, rtol=allowed, atol=0)
+    for name, values in scores.items():
+        torch.testing.assert_close(values.double(), right[name], rtol=allowed, atol=0)
+
+
+def test_a_smoothed_target_at_its_optimum_is_within_the_stated_bound() -> None:
+    classes, smoothing, target = 60, 0.1, torch.arange(4)
+    q = torch.full((4, classes), smoothing / classes, dtype=torch.float64)
+    q[target, target] += 1 - smoothing
+    with small_tiles(rows=4, classes=16, width=64):
+        _, smoothed = attent.linear_cross_entropy(
+            q.log().float(), torch.eye(classes), target, label_smoothing=smoothing, score="logit", backend="triton"
+        )
+        _, soft = attent.linear_cross_entropy(
+            q.log().float(), torch.eye(classes), q.float(), score="logit", backend="triton"
+        )
+    assert float(smoothed.max()) < smoothing * math.sqrt(20 * U / classes) + 8 * U
+    assert float(soft.max()) < math.sqrt(20 * U)
+
+
+EXTREMES: dict[str, dict[str, Any]] = {
+    "a target far behind": {"logits": [[-200.0, 1.0, 2.0, 0.5, 3.0]], "target": 0},
+    "a target far ahead": {"logits": [[200.0, 1.0, 2.0, 0.5, 3.0]], "target": 0},
+    "logits of ten thousand": {"logits": [[10000.5, 9999.0, 10002.0, 9990.25, 10001.0]], "target": 1},
+    "classes ruled out": {"logits": [[1.0, -math.inf, 2.0, -math.inf, -math.inf]], "target": 0},
+    "a target ruled out": {"logits": [[1.0, -math.inf, 2.0, 0.5, 0.25]], "target": 1},
+    "one class left": {"logits": [[-math.inf, -math.inf, -math.inf, -math.inf, 3.0]], "target": 4},
+    "capped classes ruled out": {"logits": [[1.0, -math.inf, 2.0, -math.inf, 7.0]], "target": 0, "softcap": 3.0},
+    "ruled out without weight": {
+        "logits": [[1.0, -math.inf, 2.0, 0.5, 0.25]],
+        "target": 2,
+        "weight": torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0]),
+        "label_smoothing": 0.1,
+    },
+}
+
+
+@pytest.mark.parametrize("case", EXTREMES)
+def test_extreme_logits(case: str) -> None:
+    arguments = dict(EXTREMES[case])
+    logits, label = torch.tensor(arguments.pop("logits")), arguments.pop("target")
+    call = (torch.ones(1, 1), torch.zeros(5, 1), torch.tensor([label]))
+    with small_tiles(classes=2):
+        loss, scores = attent.linear_cross_entropy(
+            *call, linear_bias=logits[0], **arguments, score=("logit", "head"), backend="triton"
+        )
+    exact = {name: value.double() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    expected, right = reference.linear_cross_entropy(
+        *(value.double() for value in call[:2]),
+        call[2],
+        linear_bias=logits[0].double(),
+        **exact,
+        score=("logit", "head"),
+    )
+    # Arguments of exponentials are below 16 where the exponential counts, and exact in float32.
+    torch.testing.assert_close(loss.double(), expected, rtol=40 * U, atol=40 * U)
+    for name, values in scores.items():
+        torch.testing.assert_close(values.double(), right[name], rtol=40 * U, atol=1e-30)
+
+
+def test_a_single_class_has_no_loss() -> None:
+    with small_tiles():
+        loss, scores = attent.linear_cross_entropy(
+            torch.randn(5, 3), torch.randn(1, 3), torch.zeros(5).long(), score=("logit", "head"), backend="triton"
+        )
+    assert float(loss) == 0 and not bool(scores["logit"].any()) and not bool(scores["head"].any())
+
+
+# ------------------------------------------------------------------------------------------- what counts, and what not
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 0), (0, 4), (0,), (5,)])
+def test_where_no_token_counts_all_is_zero(shape: tuple[int, ...]) -> None:
+    hidden, target = torch.full((*shape, 6), NAN), torch.full(shape, -100)
+    for reduction in REDUCTIONS:
+        with small_tiles(), products() as multiplied:
+            loss, scores = attent.linear_cross_entropy(
+                hidden, torch.randn(9, 6), target, score="logit", reduction=reduction, backend="triton"
+            )
+        assert multiplied[0] == 0
+        assert not bool(loss.any()) and torch.equal(scores, torch.zeros(shape[0]))
+
+
+def test_tiles_without_a_computed_token_cost_no_product_and_read_nothing() -> None:
+    hidden, weight, target = torch.randn(6, 4, 8), torch.randn(10, 8), torch.randint(10, (6, 4))
+    example_weight = torch.tensor([1.0, 0.0, 2.0, 0.0, 0.0, 1.0])
+    target[5] = -100
+    hidden[[1, 3, 4, 5]] = NAN  # one tile each
+    options: dict[str, Any] = {"score": "logit", "reduction": "example", "example_weight": example_weight}
+    with small_tiles(rows=4, width=8), products() as multiplied:
+        loss, scores = attent.linear_cross_entropy(hidden, weight, target, **options, backend="triton")
+    assert multiplied[0] == 2 * 3  # two tiles of tokens by three of classes
+    left = [0, 2]
+    expected, right = attent.linear_cross_entropy(
+        hidden[left], weight, target[left], score="logit", reduction="example"
+    )
+    torch.testing.assert_close(loss[left], expected * example_weight[left], rtol=1e-5, atol=0)
+    torch.testing.assert_close(scores[left], right, rtol=1e-5, atol=0)
+    assert not bool(loss[[1, 3, 4, 5]].any()) and not bool(scores[[1, 3, 4, 5]].any())
+
+
+def test_a_token_that_does_not_count_does_no_harm_in_a_tile_that_does() -> None:
+    hidden, weight, target = torch.randn(2, 4, 8), torch.randn(10, 8), torch.randint(10, (2, 4))
+    target[0, 2], hidden[0, 2] = -100, NAN
+    with small_tiles(rows=8, width=8):
+        loss, scores = attent.linear_cross_entropy(hidden, weight, target, score="logit", backend="triton")
+    expected, right = reference.linear_cross_entropy(
+        hidden.nan_to_num().double(), weight.double(), target, score="logit"
+    )
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(scores.double(), right, rtol=1e-5, atol=0)
+
+
+def test_a_label_that_is_no_class_makes_its_own_example_nan() -> None:
+    hidden, weight, target = torch.randn(5, 2, 8), torch.randn(10, 8), torch.randint(10, (5, 2))
+    target[1, 0], target[2, 1], target[3, 0] = 10, -7, 2**40
+    example_weight = torch.tensor([1.0, 1.0, 1.0, 0.0, 2.0])
+    with small_tiles():
+        result = score_tokens(
+            hidden, weight, target, example_weight=example_weight, reduction="example", score=("logit", "loss")
+        )
+    for values in (result.loss, *result.scores):
+        assert values.isnan().tolist() == [False, True, True, False, False] and float(values[3]) == 0
+    assert torch.equal(result.counts, torch.full((5,), 2.0))
+
+
+@settings(max_examples=8)
+@given(
+    numbers=st.lists(st.sampled_from([0, 3, 9, 5, 14, 15, 40, -2, 2**31 - 1, -(2**31)]), min_size=2, max_size=9),
+    rows=st.sampled_from([2, 4, 16]),
+)
+def test_offsets_that_nobody_checked_end_in_one_whole_result(numbers: list[int], rows: int) -> None:
+    # On a GPU nobody reads them. Whatever they are, each token is in one example and every ticket is taken.
+    tokens, weight = 15, torch.randn(5, 4)
+    hidden, target = torch.randn(tokens, 4), torch.randint(5, (tokens,))
+    cu_seqlens = torch.tensor(numbers, dtype=torch.int32)
+    with small_tiles(rows=rows, classes=8):
+        result = score_tokens(
+            hidden, weight, target, cu_seqlens=cu_seqlens, reduction="sum", score=("loss",), shift=False
+        )
+    assert runtime.open_tickets() == 0
+    assert float(result.counts.sum()) == tokens
+    expected = reference.linear_cross_entropy(hidden.double(), weight.double(), target, reduction="sum")
+    torch.testing.assert_close(result.loss.double(), expected, rtol=1e-5, atol=0)
+    # The examples are adjacent runs: their mean losses are those of the runs that the counts cut.
+    losses = reference.linear_cross_entropy(hidden.double(), weight.double(), target, reduction="none")
+    runs = losses.split(result.counts.int().tolist())
+    means = torch.stack([run.mean() if len(run) else run.sum() for run in runs])
+    torch.testing.assert_close(result.scores[0].double(), means, rtol=1e-5, atol=0)
+
+
+def test_many_empty_examples_between_few_tokens() -> None:
+    cu_seqlens = torch.tensor([0] * 40 + [3] * 25 + [4] * 15 + [9] * 35, dtype=torch.int32)
+    problem = Problem(
+        torch.randn(9, 4), torch.randn(5, 4), torch.randint(5, (9,)), {"cu_seqlens": cu_seqlens, "linear_bias": None}
+    )
+    with small_tiles():
+        loss, scores = score(problem, score=("logit", "loss"), per_example="sum", reduction="sum")
+    assert_is_reference(problem, loss, scores, per_example="sum", reduction="sum")
+
+
+def test_blocks_hold_about_a_tile_of_tokens() -> None:
+    assert block_of_examples(65536, 1, 65536, False, 128) == (128, 1)
+    assert block_of_examples(8192, 512, 16, False, 128) == (1, 512)
+    assert block_of_examples(8192, 8, 1024, False, 128) == (16, 8)
+    assert block_of_examples(8192, 8192, 1, False, 128) == (1, 1024)
+    examples, tokens = block_of_examples(8192, 1, 4000, True, 128)
+    assert examples == 32 and examples * tokens <= 1024
+
+
+# ------------------------------------------------------------------------------------------------------- the one launch
+
+
+def some_problem(**options: Any) -> dict[str, Any]:
+    torch.manual_seed(1)
+    return {
+        "input": torch.randn(3, 5, 6),
+        "linear_weight": torch.randn(7, 6),
+        "target": torch.randint(7, (3, 5)),
+        "score": ("loss", "logit"),
+        **options,
+    }
+
+
+def test_results_are_the_same_to_the_bit_whatever_was_in_the_workspace() -> None:
+    with small_tiles():
+        first = score_tokens(**some_problem())
+        for _ in range(3):
+            runtime.poison_workspaces()
+            again: Scored = score_tokens(**some_problem())
+            assert all(torch.equal(a, b) for a, b in zip(first[:3], again[:3], strict=True))
+            assert runtime.open_tickets() == 0
+
+
+def test_how_tiles_are_swept_changes_no_bit() -> None:
+    results = []
+    for sweep in (1, 2, 3, 100):
+        with small_tiles(sweep=sweep):
+            results.append(score_tokens(**some_problem(reduction="none")))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0][:3], other[:3], strict=True))
+
+
+def test_the_launch_takes_what_needs_no_gradient() -> None:
+    hidden, weight, target = torch.randn(4, 3, 6), torch.randn(9, 6), torch.randint(9, (4, 3))
+
+    def call(**options: Any) -> Call:
+        fields: dict[str, Any] = dict.fromkeys(Call._fields)
+        fields.update(input=hidden, linear_weight=weight, target=target, reduction="mean", score=["logit"])
+        fields.update(input_gradient=False, weight_gradient=False, bias_gradient=False)
+        return Call(**{**fields, **options})
+
+    assert triton_scorer.takes(call())
+    assert triton_scorer.takes(call(score=["loss", "logit"]))
+    assert not triton_scorer.takes(call(score=["hidden"]))
+    assert not triton_scorer.takes(call(score=["head"]))
+    assert triton_scorer.takes(call(score=["head"], input=hidden[:, :1]))
+    assert triton_scorer.takes(call(score=["head"], input=hidden[0]))
+    assert not triton_scorer.takes(call(score=["head"], input=hidden[0], cu_seqlens=torch.tensor([0, 3])))
+    assert not triton_scorer.takes(call(input_gradient=True))
+    assert not triton_scorer.takes(call(weight_gradient=True, reduction="none"))
+    assert not triton_scorer.takes(call(group="some"))
+
+
+def test_it_compiles_to_one_graph() -> None:
+    def scores(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            return attent.linear_cross_entropy(hidden.tanh(), weight, target, score="logit", backend="triton")[1] * 2
+
+    arguments = torch.randn(4, 3, 6), torch.randn(9, 6), torch.randint(9, (4, 3))
+    compiled = torch.compile(scores, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(*arguments), scores(*arguments))
