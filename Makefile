@@ -56,7 +56,7 @@ types: $(INSTALLED)  ## mypy --strict on python/attent
 
 .PHONY: docs
 docs: $(INSTALLED)  ## the examples in docstrings and in README.md
-	$(PYTEST) -p tests.conftest --doctest-modules python/attent
+	$(PYTEST) -p tests.conftest --doctest-modules --doctest-ignore-import-errors python/attent
 	$(PYTEST) tests/test_house.py -k readme
 
 .PHONY: slow
