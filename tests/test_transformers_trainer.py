@@ -429,3 +429,17 @@ def test_the_options_parse_beside_the_trainers() -> None:
     args, teaching = parser.parse_args_into_dataclasses(["--output_dir", "x", "--ratio", "0.7", "--warmup", "2"])
     assert (args.output_dir, teaching.ratio, teaching.warmup, teaching.score) == ("x", 0.7, 2, "logit")
     assert attent.Teacher(10, total_epochs=4, **teaching.teacher_options(seed=5)).epoch_sizes() == [10, 10, 7, 10]
+
+
+def test_a_run_leaves_a_log_for_the_report(tmp_path: Path) -> None:
+    from attent.report.log import read_log
+
+    model, data = classifier("Bert")
+    args = arguments(tmp_path, eval_strategy="epoch", logging_strategy="epoch")
+    trainer = TeachingTrainer(model, args, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    events = read_log(tmp_path)
+    assert [event["asked"] for event in events if event["event"] == "lesson"] == [8, 4, 4, 8]
+    coverage = [event for event in events if event["event"] == "lesson"][-1]["coverage"]
+    assert coverage["group"]["examples"] == [3, 3, 2] and sum(coverage["length"]["examples"]) == 8
+    assert {event["name"] for event in events if event["event"] == "metric"} >= {"loss", "eval_loss"}

@@ -15,9 +15,11 @@ from transformers.utils import is_datasets_available
 
 from ..._checks import check_tensor, describe, refuse
 from ...checkpoint import read_state, write_state
+from ...report.log import TeachingLog
 from ...sampler import TeachingSampler, batches_of, share_of
 from ...teacher import Teacher
 from .arguments import TeachingArguments
+from .coverage import Coverage, class_names, show_example
 from .examples import ID, NumberedCollator, NumberedDataset
 from .heads import find_head
 from .scored_loss import FusedLoss, LossBeside
@@ -77,6 +79,8 @@ class TeachingMixin(_Trainer):
         super().__init__(*args, **kwargs)
         self._check_arguments()
         self.teacher = self._make_teacher()
+        self._log: TeachingLog | None = None
+        self._coverage = Coverage(len(self.train_dataset))
         self._score_mean: list[Tensor] = []  # of the batches since the last log
         self._scored_loss = None if score_func is not None else self._make_scored_loss()
 
@@ -179,6 +183,11 @@ class TeachingMixin(_Trainer):
         epoch = kwargs["epoch"]
         kwargs.update(steps_in_epoch=self._batches()[epoch], num_update_steps_per_epoch=self._steps()[epoch])
         super()._run_epoch(**kwargs)
+        self.teacher._merge()
+        if self.teaching.teaching_log:
+            coverage = self._coverage.merged()
+            if self._log is not None:
+                self._log.lesson(self.state.global_step, **coverage)
 
     # --------------------------------------------------------------------------------------------------------- steps
 
@@ -217,17 +226,23 @@ class TeachingMixin(_Trainer):
             finally:
                 self.label_smoother = smoother
         self.teacher.record(ids, scores)
+        if self.teaching.teaching_log:
+            self._coverage.note(ids, inputs)
         self._score_mean.append(scores.detach().float().mean())  # read back when logged, as the loss is
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's own loggers get the teacher's figures beside the loss."""
         if "loss" in logs and self._score_mean:
-            epoch = min(int(self.state.epoch or 0), len(self.teacher.epoch_sizes()) - 1)
             logs["teaching/score_mean"] = float(torch.stack(self._score_mean).nanmean())
+            epoch = self.teacher._harvest.epoch if self.teacher._harvest is not None else 0  # the one that runs
             logs["teaching/keep_ratio"] = self.teacher.epoch_sizes()[epoch] / len(self.train_dataset)
             logs["teaching/seconds"] = self.teacher._teaching_seconds
             self._score_mean = []
+        if self._log is not None:
+            for name, value in logs.items():
+                if name == "loss" or name.startswith("eval_"):
+                    self._log.metric(name, value, self.state.global_step)
         super().log(logs, *args, **kwargs)
 
     # --------------------------------------------------------------------------------------------------- checkpoints
@@ -245,8 +260,20 @@ class TeachingMixin(_Trainer):
         self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: Any, trial: Any
     ) -> tuple[int, int]:
         super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
-        if resume_from_checkpoint is None:
-            return 0, 0
+        stands = (0, 0) if resume_from_checkpoint is None else self._resume_teacher(resume_from_checkpoint)
+        self._coverage = Coverage(len(self.train_dataset))
+        if self.teaching.teaching_log and self.is_world_process_zero():
+            self._log = TeachingLog(
+                self._get_output_dir(trial=trial),
+                self.teacher,
+                step=self.state.global_step,
+                group_names=class_names(self._bare_model()),
+                show=lambda i: show_example(self.train_dataset[i], self.processing_class),
+            )
+        return stands
+
+    def _resume_teacher(self, resume_from_checkpoint: Any) -> tuple[int, int]:
+        """The epoch and the batch in it to go on at."""
         state = read_state(self.teacher, Path(resume_from_checkpoint) / STATE)
         epoch, left, steps = 0, self.state.global_step, self._steps()
         while epoch < len(steps) and left >= steps[epoch]:
