@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def write_state(state: dict[str, Any], path: str | Path) -> None:
-    """Write what :meth:`attent.Teacher.state_dict` returned. A process killed meanwhile leaves the old file, if any."""
+    """Write a state dict, the teacher's or a larger one. A process killed meanwhile leaves the old file, if any."""
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
