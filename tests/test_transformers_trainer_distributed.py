@@ -25,11 +25,16 @@ pytestmark = pytest.mark.slow
 Seen = dict[int, list[int]]
 
 
-def train(rank: int, world: int, folder: Path, crash_after: int | None, resume: str | None) -> tuple[Seen, list[float]]:
-    """What each step of this rank was trained on, and the last parameters; a global batch of 4."""
+def as_rank(rank: int, world: int) -> None:
+    """Tell accelerate which rank this process is of."""
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # what the forked process did before
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="1")  # asked for, not used: the group exists
+
+
+def train(rank: int, world: int, folder: Path, crash_after: int | None, resume: str | None) -> tuple[Seen, list[float]]:
+    """What each step of this rank was trained on, and the last parameters; a global batch of 4."""
+    as_rank(rank, world)
     torch.manual_seed(3)
     data = texts(22)
     args = arguments(
