@@ -364,6 +364,18 @@ def test_padding_free_batches_are_scored_by_example(tmp_path: Path) -> None:
         torch.testing.assert_close(scores[number], model(input_ids=ids, labels=ids).loss.detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["Llama", "Bert"])
+def test_mixed_precision_and_a_second_training_run_through(tmp_path: Path, kind: str) -> None:
+    model, data = (language_model(), texts(8)) if kind == "Llama" else classifier(kind)
+    args = arguments(tmp_path, num_train_epochs=2, bf16=True)
+    trainer = TeachingTrainer(model, args, train_dataset=data, teaching=TeachingArguments(reweight="inverse"))
+    for _ in range(2):
+        trainer.train()
+        assert trainer.state.global_step == trainer.state.max_steps == 3
+        summary = trainer.teacher.summary()
+        assert summary["never_seen_ids"].numel() == 0 and summary["nonfinite_scores"] == 0
+
+
 def test_peft_serves_a_plain_head_and_refuses_an_adapter_in_it_by_name(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     body = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

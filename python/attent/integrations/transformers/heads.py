@@ -43,7 +43,7 @@ class Head:
         division before tanh, whose slope is at most 1, another two. 8 eps is out of reach of rounding only.
         """
         expected = self.logits(output).float()
-        eps = torch.finfo(torch.promote_types(output.dtype, output.dtype)).eps
+        eps = torch.finfo(output.dtype).eps
         if expected.shape != logits.shape or not torch.allclose(
             logits.float(), expected, rtol=8 * eps, atol=8 * eps * float(expected.abs().max() if len(expected) else 0)
         ):

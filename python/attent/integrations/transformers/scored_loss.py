@@ -147,6 +147,8 @@ class LossBeside:
 
         flat = segments is not None
         with torch.set_grad_enabled(weight is not None and torch.is_grad_enabled()):
+            # Autocast ended with the model's forward: what is left of it is a narrower input than the weight's.
+            hidden = hidden.to(head.linear.weight.dtype)
             scaled = hidden if head.scale == 1 else hidden * head.scale
             means, scores = linear_cross_entropy(
                 scaled.flatten(0, 1) if flat else scaled,
