@@ -11,64 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import attent
-import attent.checkpoint
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from attent.integrations.transformers import TeachingArguments, TeachingMixin, TeachingTrainer  # noqa: E402
-
-V, T, B = 48, 10, 4
-TINY = {
-    "vocab_size": V, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-
-
-def language_model(kind: str = "Llama", **options: Any) -> nn.Module:
-    if kind == "GPT2":
-        config = transformers.GPT2Config(
-            vocab_size=V,
-            n_embd=16,
-            n_layer=1,
-            n_head=2,
-            n_positions=32,
-            bos_token_id=1,
-            eos_token_id=2,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            **options,
-        )
-        return transformers.GPT2LMHeadModel(config)
-    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**TINY, **options))
-    with torch.no_grad():  # a head large enough for softcaps to bend logits, and for examples to differ
-        model.lm_head.weight.normal_(0, 1)
-    return model
-
-
-def texts(count: int) -> list[dict[str, Tensor]]:
-    items = []
-    for number in range(count):
-        length = 4 + number % (T - 4)
-        ids = torch.randint(3, V, (T,)).where(torch.arange(T) < length, 0)
-        items.append({
-            "input_ids": ids,
-            "attention_mask": (ids > 0).long(),
-            "labels": ids.masked_fill(ids == 0, -100),
-            "remark": torch.tensor(number),  # a column that no model takes
-        })  # fmt: skip
-    return items
-
-
-def arguments(folder: Path, **options: Any) -> Any:
-    usual = {"num_train_epochs": 4, "per_device_train_batch_size": B, "report_to": [], "use_cpu": True,
-             "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"}  # fmt: skip
-    return transformers.TrainingArguments(str(folder), **{**usual, **options})
-
-
-def batch_of(trainer: Any) -> dict[str, Any]:
-    return next(iter(trainer.get_train_dataloader()))
+from tests.transformers_learners import TINY, B, Traced, arguments, batch_of, classifier, language_model, texts  # noqa: E402
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -138,21 +86,6 @@ def test_with_keep_logits_the_model_computes_its_own_loss(tmp_path: Path) -> Non
     compare_with_the_plain_trainer(tmp_path, language_model(), TeachingArguments(keep_logits=True))
 
 
-def classifier(kind: str) -> tuple[nn.Module, list[dict[str, Any]]]:
-    labels = {"num_labels": 3}
-    if kind == "ViT":
-        config = transformers.ViTConfig(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1,
-                                        num_attention_heads=2, intermediate_size=16, **labels)  # fmt: skip
-        data = [{"pixel_values": torch.randn(3, 8, 8), "labels": i % 3} for i in range(8)]
-        return transformers.ViTForImageClassification(config), data
-    data = [{**item, "labels": i % 3} for i, item in enumerate(texts(8))]
-    if kind == "Llama":
-        return transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**TINY, **labels)), data
-    small = {name: value for name, value in TINY.items() if name != "num_key_value_heads"}
-    config = getattr(transformers, f"{kind}Config")(**small, **labels)
-    return getattr(transformers, f"{kind}ForSequenceClassification")(config), data
-
-
 @pytest.mark.parametrize("kind", ["Bert", "Roberta", "Llama", "ViT"])
 @pytest.mark.parametrize("score", ["logit", "head"])
 def test_a_classifiers_head_is_found_and_its_score_is_the_gradients_norm(tmp_path: Path, kind: str, score: str) -> None:
@@ -207,27 +140,6 @@ def test_weights_multiply_each_examples_loss_and_nothing_else(tmp_path: Path) ->
 # ------------------------------------------------------------------------------------------------- the run as planned
 
 
-class Trace(transformers.TrainerCallback):  # type: ignore[misc]
-    """What each step was trained on; may end the run like a crash, after a given step."""
-
-    def __init__(self, crash_after: int | None = None) -> None:
-        self.crash_after = crash_after
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.crash_after:
-            raise KeyboardInterrupt
-
-
-class Traced(TeachingTrainer):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.seen: dict[int, list[int]] = {}
-
-    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        self.seen.setdefault(self.state.global_step, []).extend(inputs["example_id"].tolist())
-        return super().training_step(model, inputs, *args, **kwargs)
-
-
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_steps_learning_rate_and_epoch_follow_the_lessons(tmp_path: Path, drop_last: bool) -> None:
     args = arguments(
@@ -252,69 +164,6 @@ def test_steps_learning_rate_and_epoch_follow_the_lessons(tmp_path: Path, drop_l
     assert all(len(set(ids)) == len(ids) for ids in trainer.seen.values())
 
 
-def saving_trainer(folder: Path, *callbacks: Any) -> Traced:
-    torch.manual_seed(3)
-    data = texts(20)
-    args = arguments(folder, save_strategy="steps", save_steps=1, save_total_limit=2)
-    return Traced(language_model(attention_dropout=0.2), args, train_dataset=data, callbacks=list(callbacks))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Traced:
-    trainer = saving_trainer(tmp_path_factory.mktemp("whole"))
-    trainer.train()
-    return trainer
-
-
-# Steps: 5, 3, 3, 5. The checkpoint before step 3 lies within the warm-up, 6: between two epochs, 7: in a reduced one.
-@pytest.mark.parametrize("crash_after", [7, 6, pytest.param(3, marks=pytest.mark.slow)])
-def test_after_a_crash_the_lesson_goes_on_bit_identically(tmp_path: Path, whole: Traced, crash_after: int) -> None:
-    killed = saving_trainer(tmp_path, Trace(crash_after))
-    with contextlib.suppress(KeyboardInterrupt):
-        killed.train()
-    resumed = saving_trainer(tmp_path)
-    resumed.train(resume_from_checkpoint=True)
-    begun = min(resumed.seen)
-    assert begun == crash_after - 1  # step `crash_after` was trained, not saved
-    assert resumed.seen == {step: ids for step, ids in whole.seen.items() if step >= begun}
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[name]), name
-    assert resumed.lr_scheduler.get_last_lr() == [0.0, 0.0]
-
-
-def test_a_torn_state_is_never_left_and_a_checkpoint_without_one_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    args = arguments(tmp_path, save_strategy="steps", save_steps=3, num_train_epochs=2)
-    trainer = TeachingTrainer(language_model(), args, train_dataset=texts(12))
-    trainer.train()
-    assert not list(tmp_path.rglob(".teacher*"))
-    state = tmp_path / "checkpoint-3" / "teacher.pt"
-    saved = state.read_bytes()
-
-    def torn(state: object, file: Any) -> None:
-        file.write(b"half of it")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", torn)
-    with pytest.raises(OSError, match="disk full"):
-        attent.checkpoint.write_state({}, state)
-    assert state.read_bytes() == saved and not list(tmp_path.rglob(".teacher*"))
-    state.unlink()
-    with pytest.raises(ValueError, match=r"^checkpoint: got no .*teacher\.pt"):
-        trainer.train(resume_from_checkpoint=str(state.parent))
-
-
-def test_resuming_with_another_global_batch_is_refused(tmp_path: Path) -> None:
-    args = arguments(tmp_path, save_strategy="steps", save_steps=2)
-    trainer = TeachingTrainer(language_model(), args, train_dataset=texts(20), callbacks=[Trace(crash_after=4)])
-    with contextlib.suppress(KeyboardInterrupt):
-        trainer.train()
-    args = arguments(tmp_path, per_device_train_batch_size=2)
-    with pytest.raises(ValueError, match="same global batch"):
-        TeachingTrainer(language_model(), args, train_dataset=texts(20)).train(resume_from_checkpoint=True)
-
-
 # ------------------------------------------------------------------------------------------- others' trainers and data
 
 
@@ -332,6 +181,25 @@ def test_the_mixin_serves_a_trainer_with_a_loss_of_its_own(tmp_path: Path) -> No
     batch = batch_of(ours)
     model.training = True
     torch.testing.assert_close(ours.compute_loss(model, dict(batch)), 2 * plain.compute_loss(model, dict(batch)))
+
+
+def test_a_trainer_that_reads_logits_while_training_gets_them_with_keep_logits(tmp_path: Path) -> None:
+    class Reading(transformers.Trainer):  # type: ignore[misc]
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            self.accuracy = (outputs.logits[:, :-1].argmax(-1) == inputs["labels"][:, 1:]).float().mean()
+            return (loss, outputs) if return_outputs else loss
+
+    class Mine(TeachingMixin, Reading):
+        pass
+
+    for keep in (True, False):
+        teaching = TeachingArguments(keep_logits=keep)
+        trainer = Mine(language_model(), arguments(tmp_path), train_dataset=texts(8), teaching=teaching)
+        # Without, the logits are empty after the first step: an error, never a wrong number.
+        with contextlib.nullcontext() if keep else pytest.raises(RuntimeError, match="size of tensor"):
+            trainer.train()
+            assert 0 <= float(trainer.accuracy) <= 1
 
 
 def test_the_id_passes_a_users_collator_that_knows_nothing_of_it(tmp_path: Path) -> None:

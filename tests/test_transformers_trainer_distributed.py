@@ -18,7 +18,7 @@ accelerate = pytest.importorskip("accelerate")
 
 from attent.report.log import read_log  # noqa: E402
 from tests.ranks import on_ranks  # noqa: E402
-from tests.test_transformers_trainer import Trace, Traced, arguments, language_model, texts  # noqa: E402
+from tests.transformers_learners import Trace, Traced, arguments, language_model, texts  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -85,7 +85,7 @@ def test_two_ranks_share_one_lesson_and_a_crash_changes_nothing(tmp_path: Path) 
 KILLED = """
 import os, sys
 from pathlib import Path
-from tests.test_transformers_trainer import Traced, arguments, language_model, texts
+from tests.transformers_learners import Traced, arguments, language_model, texts
 import torch, transformers
 folder, die_at = Path(sys.argv[1]), int(sys.argv[2])
 class Die(transformers.TrainerCallback):

@@ -37,12 +37,17 @@ def lines(
 
 
 def bars(
-    labels: Sequence[str], series: Sequence[tuple[str, Sequence[float]]], y_title: str, *, line_at: float | None = None
+    labels: Sequence[str],
+    series: Sequence[tuple[str, Sequence[float]]],
+    y_title: str,
+    x_title: str = "epoch",
+    *,
+    line_at: float | None = None,
 ) -> str:
     """Groups of bars side by side, one group for each label; a dashed line at a value to compare with."""
     top = max([line_at or 0.0, *(value for _, values in series for value in values)])
     y_axis = _Axis(0.0, top or 1.0, HEIGHT - BOTTOM, TOP)
-    body = _frame(None, y_axis, "", y_title)
+    body = _frame(None, y_axis, x_title, y_title)
     slot = (WIDTH - LEFT - RIGHT) / max(len(labels), 1)
     width = 0.8 * slot / len(series)
     for place, label in enumerate(labels):

@@ -62,7 +62,7 @@ def page(name: str, events: Events, others: Sequence[tuple[str, Events]] = ()) -
     return (
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width"><title>Teaching: {escape(name)}</title><style>{STYLE}</style></head><body>'
-        f"<h1>What {escape(Path(name).name or name)} was taught on</h1>"
+        f"<h1>Teaching report: {escape(Path(name).name or name)}</h1>"
         f'<p class="note">{escape(settings)}</p>{_tiles(run, lessons)}'
         f'<div class="grid">{"".join(section for section in sections if section)}</div>'
         f'<div class="grid" style="margin-top:1rem">{"".join(tables)}</div></body></html>\n'
@@ -72,6 +72,8 @@ def page(name: str, events: Events, others: Sequence[tuple[str, Events]] = ()) -
 def _short(value: object) -> str:
     if isinstance(value, dict) and value.get("name") == "Constant":
         value = value["value"]
+    elif isinstance(value, dict):
+        return f"{value.get('name')}({', '.join(f'{k}={_short(v)}' for k, v in value.items() if k != 'name')})"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -114,7 +116,7 @@ def _metrics(name: str, events: Events, others: Sequence[tuple[str, Events]]) ->
         for label, log in ((name, events), *others):
             curve = [(e["seconds"], e["value"]) for e in log if e["event"] == "metric" and e["name"] == metric]
             if curve:
-                series.append((label, curve))
+                series.append((Path(label).name or label, curve))
         drawn.append(charts.lines(series, "measured seconds of training, teaching included", metric))
     return _section("Metrics", "Against measured seconds, not against steps.", "".join(drawn)) if drawn else ""
 
@@ -193,7 +195,9 @@ def _coverage(run: dict[str, Any], lessons: Events) -> list[str]:
         usual = sum(lesson["asked"] for lesson in same) / (len(same) * run["num_examples"])
         note = f"Share of each that reduced lessons chose, mean of {len(same)}; dashed: share of all examples."
         sections.append(
-            _section(title, note, charts.bars(names[: len(labels)], [("chosen", share)], "share chosen", line_at=usual))
+            _section(
+                title, note, charts.bars(names[: len(labels)], [("chosen", share)], "share chosen", "", line_at=usual)
+            )
         )
     return sections
 
