@@ -36,7 +36,7 @@ def pick(
         return table
     key = (kernel, runtime.compute_capability(), shape_class)
     if key not in _best:
-        _best[key] = _search(key, candidates(), launch)
+        _best[key] = _search(key, dict.fromkeys((table, *candidates())), launch)
     best: Configuration = _best[key]
     return best
 

@@ -35,8 +35,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import capped, log1p, rounded
 from ..runtime import on_device_of
-from .elementary import capped, log1p, rounded
 
 #: Columns read at a time: 16 elements for each of 256 threads; more would leave registers for fewer rows a processor.
 MAX_BLOCK = 4096

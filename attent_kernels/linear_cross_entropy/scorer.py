@@ -19,10 +19,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..arithmetic import add_product
 from ..selection import select_in_block
 from ..tickets import take_ticket
 from .columns import keep_columns
-from .elementary import add_product
 from .folds import fold_blocks, fold_examples, fold_groups
 from .online import cap, loss_and_square, nothing_kept
 from .tokens import blocks_of_tile, read_tokens, rows_at, tiles_of_block
