@@ -214,22 +214,46 @@ def test_the_id_passes_a_users_collator_that_knows_nothing_of_it(tmp_path: Path)
     assert trainer.data_collator is strict
 
 
-def test_padding_free_batches_are_scored_by_example(tmp_path: Path) -> None:
+def flattened(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """All documents of all rows in one row, as TRL's packing does it: positions start at 0 with each document."""
+    documents = [torch.tensor(document) for row in rows for document in row["documents"]]
+    labels = [torch.cat([torch.tensor([-100]), document[1:]]) for document in documents]
+    positions = [torch.arange(len(document)) for document in documents]
+    parts = {"input_ids": documents, "labels": labels, "position_ids": positions}
+    return {name: torch.cat(part)[None] for name, part in parts.items()}
+
+
+@pytest.mark.parametrize("keep_logits", [False, True])
+def test_padding_free_batches_are_scored_by_example_which_may_hold_several_documents(
+    tmp_path: Path, keep_logits: bool
+) -> None:
     model = language_model(attn_implementation="eager").eval()
-    data = [{"input_ids": item["input_ids"][item["input_ids"] > 0].tolist()} for item in texts(4)]
-    collator = transformers.DataCollatorWithFlattening(return_tensors="pt")
-    trainer = TeachingTrainer(
-        model, arguments(tmp_path), train_dataset=data, data_collator=collator, teaching=TeachingArguments(score="loss")
-    )
+    documents = [item["input_ids"][item["input_ids"] > 0].tolist() for item in texts(7)]
+    rows = [documents[:2], documents[2:3], documents[3:6], documents[6:]]
+    data = [{"input_ids": sum(row, []), "documents": row} for row in rows]  # noqa: RUF017
+    teaching = TeachingArguments(score="loss", keep_logits=keep_logits)
+    args = arguments(tmp_path, remove_unused_columns=False)
+    trainer = TeachingTrainer(model, args, train_dataset=data, data_collator=flattened, teaching=teaching)
     batch = batch_of(trainer)
     assert batch["input_ids"].shape[0] == 1 and len(batch["example_id"]) == 4
     model.training = True
     trainer.compute_loss(model, dict(batch))
     trainer.teacher.state_dict()
     scores = trainer.teacher._harvest.store.score
-    for number, item in enumerate(data):
-        ids = torch.tensor([item["input_ids"]])
-        torch.testing.assert_close(scores[number], model(input_ids=ids, labels=ids).loss.detach(), rtol=1e-4, atol=1e-5)
+    for number, row in enumerate(rows):
+        tokens = [torch.tensor([document]) for document in row]
+        losses = [model(input_ids=ids, labels=ids).loss.detach() * (ids.numel() - 1) for ids in tokens]
+        expected = sum(losses) / sum(ids.numel() - 1 for ids in tokens)
+        # float32: attention over 30 positions, most of them masked, against the document alone.
+        torch.testing.assert_close(scores[number], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_collator_that_drops_tokens_of_a_padding_free_batch_is_refused(tmp_path: Path) -> None:
+    data = [{"input_ids": [3, 4, 5, 6], "documents": [[3, 4, 5]]} for _ in range(4)]
+    args = arguments(tmp_path, remove_unused_columns=False)
+    trainer = TeachingTrainer(language_model(), args, train_dataset=data, data_collator=flattened)
+    with pytest.raises(ValueError, match=r"^data_collator: got one that made 12 tokens in one row of 16"):
+        batch_of(trainer)
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Bert"])

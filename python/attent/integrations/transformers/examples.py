@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from ..._checks import describe, refuse
 
 ID = "example_id"
+CU_SEQLENS = "example_cu_seqlens"  # of a batch that holds its examples in one row
 
 
 class NumberedDataset(Dataset[Any]):
@@ -44,4 +45,13 @@ class NumberedCollator:
         if not isinstance(batch, MutableMapping):
             refuse("data_collator", f"one that returns {describe(batch)}", "one that returns a dict of model inputs")
         batch[ID] = torch.tensor([number for number, _ in numbered])
+        tokens = batch.get("input_ids")
+        if isinstance(tokens, torch.Tensor) and tokens.dim() == 2 and len(tokens) == 1 < len(numbered):
+            # Padding-free. The items' own lengths say where each begins: positions that start at 0 would say where
+            # documents do, and an example may be a row packed from several.
+            lengths = [len(item["input_ids"]) for _, item in numbered]
+            if sum(lengths) != tokens.shape[1]:
+                got = f"one that made {tokens.shape[1]} tokens in one row of {sum(lengths)} in {len(lengths)} examples"
+                refuse("data_collator", got, "one that keeps all tokens of its examples, or a row for each of them")
+            batch[CU_SEQLENS] = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
         return batch

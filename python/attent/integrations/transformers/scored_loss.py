@@ -41,11 +41,12 @@ class FusedLoss:
         base: Any,
         inputs: MutableMapping[str, Any],
         examples: int,
+        cu_seqlens: Tensor | None,
         weight: Tensor | None,
     ) -> tuple[Tensor, Any, Tensor]:
         """``(loss, outputs, scores [examples])``; ``compute_loss(True)`` is the trainer's, ``base`` the bare model."""
         target, shift = _targets(inputs)
-        segments = _segments(inputs, examples, target)
+        segments = _segments(cu_seqlens, examples, target)
         head = self.head
         seen: dict[str, Any] = {}
 
@@ -111,6 +112,7 @@ class LossBeside:
         base: Any,
         inputs: MutableMapping[str, Any],
         examples: int,
+        cu_seqlens: Tensor | None,
         weight: Tensor | None,
     ) -> tuple[Tensor, Any, Tensor]:
         """As :class:`FusedLoss`; with ``weight``, each example's loss counts that many times."""
@@ -118,7 +120,7 @@ class LossBeside:
         seen: dict[str, Any] = {}
         if head.language:
             target, shift = _targets(inputs)
-            segments = _segments(inputs, examples, target)
+            segments = _segments(cu_seqlens, examples, target)
         else:
             target, shift, segments = _labels(inputs), False, None
             if target.shape != (examples,) or target.is_floating_point():
@@ -203,20 +205,11 @@ def _targets(inputs: MutableMapping[str, Any]) -> tuple[Tensor, bool]:
     return (shifted, False) if isinstance(shifted, Tensor) else (_labels(inputs), True)
 
 
-def _segments(inputs: MutableMapping[str, Any], examples: int, target: Tensor) -> Tensor | None:
+def _segments(cu_seqlens: Tensor | None, examples: int, target: Tensor) -> Tensor | None:
     """``cu_seqlens`` of a padding-free batch, one row that holds several examples; None where rows are examples."""
     if len(target) == examples:
         return None
-    given, positions = inputs.get("cu_seq_lens_q"), inputs.get("position_ids")
-    if len(target) == 1 and isinstance(given, Tensor) and given.numel() == examples + 1:
-        return given.flatten().to(torch.int32)
-    if len(target) == 1 and isinstance(positions, Tensor) and positions.shape == target.shape:
-        # Each example counts its positions from 0. Their number is known, so nothing is read back to find them.
-        starts = torch.nonzero_static(positions[0] == 0, size=examples, fill_value=target.shape[1]).squeeze(1)
-        return F.pad(starts, (0, 1), value=target.shape[1]).to(torch.int32)
-    refuse(
-        "data_collator",
-        f"{examples} examples in {len(target)} rows",
-        "a row for each example; or all of them in one row, with cu_seq_lens_q or position_ids that start at 0 (packing"
-        " after the choice). A data set packed beforehand is chosen from by row",
-    )
+    if len(target) == 1 and cu_seqlens is not None:
+        return cu_seqlens
+    takes = "a row for each example, or all of them in one row. A data set packed beforehand is chosen from by row"
+    refuse("data_collator", f"{examples} examples in {len(target)} rows", takes)

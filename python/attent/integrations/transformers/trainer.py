@@ -20,7 +20,7 @@ from ...sampler import TeachingSampler, batches_of, share_of
 from ...teacher import Teacher
 from .arguments import TeachingArguments
 from .coverage import Coverage, class_names, show_example
-from .examples import ID, NumberedCollator, NumberedDataset
+from .examples import CU_SEQLENS, ID, NumberedCollator, NumberedDataset
 from .heads import find_head
 from .scored_loss import FusedLoss, LossBeside
 
@@ -208,7 +208,7 @@ class TeachingMixin(_Trainer):
                 "inputs", f"a batch without {ID!r}", "batches of get_train_dataloader(), if you override it, of super's"
             )
         inputs = dict(inputs)
-        ids = inputs.pop(ID)
+        ids, cu_seqlens = inputs.pop(ID), inputs.pop(CU_SEQLENS, None)
         if self._score_func is not None:
             loss, outputs = own(dict(inputs), True)
             scores = self._score_func(outputs, inputs)
@@ -221,7 +221,12 @@ class TeachingMixin(_Trainer):
                 self.label_smoother = None  # its smoothing is in our loss; the trainer's would look for logits
             try:
                 loss, outputs, scores = self._scored_loss(
-                    lambda outputs_too: own(dict(inputs), outputs_too), self._bare_model(), inputs, len(ids), weight
+                    lambda outputs_too: own(dict(inputs), outputs_too),
+                    self._bare_model(),
+                    inputs,
+                    len(ids),
+                    cu_seqlens,
+                    weight,
                 )
             finally:
                 self.label_smoother = smoother
