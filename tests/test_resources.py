@@ -65,23 +65,11 @@ def test_every_op_with_a_triton_backend_has_cases_and_a_decisive_one() -> None:
 
 # --------------------------------------------------------------------------------------------------------- compilations
 
-#: Kernels that have a stack still, of 8 to 40 bytes, and for which architectures: to be mended in attent_kernels, and
-#: then to be struck out here, which the test asks for.
-STACK_LEFT = {
-    ("scored_attention", "D 64, bfloat16, one query, readout, drawn"): (80, 90, 100),
-    ("scored_attention", "D 128, bfloat16, packed, window, softcap, drawn"): (80,),
-    ("scored_attention", "D 256, bfloat16, causal, residual, hard"): (100,),
-    ("linear_cross_entropy", "all options, bfloat16"): (100,),
-}
-
-
 def compilations() -> Iterator[Any]:
     """Every decisive case for every architecture."""
     for case in cases():
         for capability in CAPABILITIES if case.decisive else ():
-            known = capability in STACK_LEFT.get((case.op, case.name), ())
-            marks = [pytest.mark.xfail(strict=True, raises=AssertionError, reason="a stack is left")] if known else []
-            yield pytest.param(case, capability, id=f"{case.op}: {case.name}, sm_{capability}", marks=marks)
+            yield pytest.param(case, capability, id=f"{case.op}: {case.name}, sm_{capability}")
 
 
 @pytest.mark.aot
@@ -119,10 +107,6 @@ def test_a_ticket_is_ordered_and_the_mutant_without_its_barrier_is_noticed(tmp_p
     )
     assert outcome.returncode == 0, outcome.stderr
     assert "atom" in outcome.stdout
-
-
-def test_what_is_left_is_named_as_the_cases_are() -> None:
-    assert set(STACK_LEFT) <= {(case.op, case.name) for case in cases() if case.decisive}
 
 
 def test_cases_are_of_ops_that_exist() -> None:
