@@ -34,6 +34,13 @@ def compute_capability() -> int:
     return 0 if INTERPRETED else int(triton.runtime.driver.active.get_current_target().arch)
 
 
+def processors(device: torch.device) -> int:
+    """How many streaming multiprocessors ``device`` has; 4 in the interpreter, those of an H100 where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 4 if INTERPRETED else 132
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device: make that the tensor's."""
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():

@@ -1,6 +1,6 @@
-"""``python -m benchmarks.table``: writes README's tables of measurements from the committed results and nothing else.
+"""``python -m benchmarks.table``: writes the tables of README and docs from the committed results and nothing else.
 
-``--check`` writes nothing and fails if README says anything but what the newest results say.
+``--check`` writes nothing and fails if a page says anything but what the newest results say.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from . import score_quality_page
+from .one_pass import TARGETS
 from .provenance import RESULTS
 
 README = RESULTS.parent.parent / "README.md"
@@ -26,7 +28,13 @@ def newest(name: str) -> tuple[Path, dict[str, Any]] | None:
 
 def section() -> str:
     """What stands between README's marks."""
-    return "\n".join([BEGIN, "", *_teaching(), "", *_cost(), "", END])
+    return "\n".join([BEGIN, "", *_teaching(), "", *_cost(), "", *_one_pass(), END])
+
+
+def pages() -> dict[Path, str]:
+    """Each page that holds generated text, and what stands between its marks."""
+    scores = "\n".join([BEGIN, "", *score_quality_page.lines(), "", END])
+    return {README: section(), score_quality_page.PAGE: scores}
 
 
 def _link(path: Path) -> str:
@@ -134,22 +142,71 @@ def _cost_rows(rows: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield "recording and drawing for 1,000,000 ids", f"{seconds:.2f} s", "≤ 0.5 s"
 
 
+_ENGINES = {
+    "eager": "eager",
+    "aot_eager": "compiled, operation by operation",
+    "inductor": "compiled by Inductor",
+    "two_pass": "two-pass",
+    "masked": "masked loss",
+}
+
+
+def _one_pass() -> Iterator[str]:
+    found = newest("one_pass")
+    if found is None:
+        return
+    path, result = found
+    yield "**What does a one-pass step cost?** Forward of a pool, backward of the share r of it, over a full step."
+    yield ""
+    yield "| learner, engine | r = 0.25 | r = 0.5 | r = 0.75 | target at 0.5 | peak memory at 0.5 |"
+    yield "|---|---|---|---|---|---|"
+    for name, learner in result["learners"].items():
+        counted = learner["counting forward 1, backward 2"]
+        for way, ratios in counted.items():
+            yield f"| {name}: {way}, counting | {' | '.join(f'{ratios[r]:.2f}' for r in ratios)} |  |  |"
+        for engine, words in _ENGINES.items():
+            rows = {row["r"]: row for row in learner["rows"] if row["engine"] == engine}
+            if not rows:
+                continue
+            # Inductor is measured against a full step under torch.compile.
+            of = "step / full, torch.compile" if engine == "inductor" else "step / full"
+            shares = (f"{row[of]['median']:.2f} [{row[of]['low']:.2f}, {row[of]['high']:.2f}]" for row in rows.values())
+            target = f"≤ {TARGETS[engine]:g}" if engine in TARGETS else ""
+            yield f"| {name}: {words} | {' | '.join(shares)} | {target} | {rows[0.5]['peak / full']:.2f} |"
+    yield ""
+    shapes = "; ".join(
+        f"{name}: {', '.join(f'{what} {size}' for what, size in learner['shape'].items())}"
+        for name, learner in result["learners"].items()
+    )
+    rounds = next(iter(result["learners"].values()))["rows"][0]["step / full"]["rounds"]
+    provenance = result["provenance"]
+    yield (
+        f"Medians [middle half] of {rounds} interleaved rounds, processor time, one thread. Inductor's are over a full"
+        f" step under `torch.compile`. {shapes}. {provenance['processor']}, torch {provenance['torch']}: {_link(path)}."
+    )
+    yield ""
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description="README's tables from results.")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if README is not up to date")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.table", description="The tables of README and docs from results."
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is not up to date")
     asked = parser.parse_args(arguments)
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    wanted = before + section() + after
-    if asked.check:
-        if wanted != text:
-            print(
-                "README.md does not say what the committed results say; run python -m benchmarks.table", file=sys.stderr
-            )
-            return 1
-        return 0
-    README.write_text(wanted)
+    outdated = []
+    for page, measured in pages().items():
+        text = page.read_text(encoding="utf-8")
+        before, rest = text.split(BEGIN)
+        wanted = before + measured + rest.split(END)[1]
+        if wanted == text:
+            continue
+        outdated.append(page)
+        if not asked.check:
+            page.write_text(wanted, encoding="utf-8")
+    if asked.check and outdated:
+        names = ", ".join(page.relative_to(README.parent).as_posix() for page in outdated)
+        print(f"not what the committed results say: {names}; run python -m benchmarks.table", file=sys.stderr)
+        return 1
     return 0
 
 

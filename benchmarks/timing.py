@@ -21,17 +21,31 @@ class Timing:
         return {"min": min(seconds), "median": statistics.median(seconds), "max": max(seconds)}
 
 
-def interleave(contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, Timing]:
-    """Run every contender once per round, in turn, in alternating order; ``warmup`` rounds are not counted."""
+def on_host(call: Callable[[], object]) -> tuple[float, float]:
+    """Wall and processor seconds of a call."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    return wall, cpu
+
+
+def interleave(
+    contenders: dict[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    timed: Callable[[Callable[[], object]], tuple[float, float]] = on_host,
+) -> dict[str, Timing]:
+    """Run every contender once per round, in turn, in alternating order; ``warmup`` rounds are not counted.
+
+    ``timed`` runs a call and says how long it took: (wall, processor) seconds.
+    """
     timings = {name: Timing() for name in contenders}
     gc.collect()
     gc.disable()  # a collection would hit one contender with another's garbage
     try:
         for i in range(warmup + rounds):
             for name in contenders if i % 2 == 0 else reversed(contenders):
-                wall, cpu = time.perf_counter(), time.process_time()
-                contenders[name]()
-                cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+                wall, cpu = timed(contenders[name])
                 if i >= warmup:
                     timings[name].wall.append(wall)
                     timings[name].cpu.append(cpu)

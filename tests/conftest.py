@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.launches import patch_language_once_per_launch
+
 # The same examples on every run, so that a green checkout stays green; no deadline, since machines differ.
 hypothesis.settings.register_profile("attent", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("attent")
@@ -23,6 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if config.option.markexpr not in ("aot", "gpu"):
         os.environ["TRITON_INTERPRET"] = "1"
+        patch_language_once_per_launch()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

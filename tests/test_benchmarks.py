@@ -1,12 +1,14 @@
-"""The measuring room: contenders alternate, ratios are of pairs, README says what the results say."""
+"""The measuring room: contenders alternate, ratios are of pairs, pages say what the results say."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import cpu, table
+from benchmarks import cpu, one_pass, table
 from benchmarks.memory import peak_extra_mib
 from benchmarks.timing import Timing, interleave, ratio
 
@@ -23,16 +25,23 @@ def test_ratio_is_the_median_of_pairs_not_the_ratio_of_medians() -> None:
     assert ratio(ours, theirs)["median"] == 2.0
 
 
-def test_readme_says_what_the_committed_results_say() -> None:
+def test_pages_say_what_the_committed_results_say() -> None:
     assert table.main(["--check"]) == 0
 
 
-def test_readme_that_says_something_else_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("page", "where", "what"),
+    [
+        ("README.md", table, ("section", lambda: table.BEGIN + "another number" + table.END)),
+        ("docs/score-quality.md", table.score_quality_page, ("lines", lambda: ["another number"])),
+    ],
+)
+def test_a_page_that_says_something_else_is_noticed(
+    page: str, where: Any, what: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(table, "section", lambda: table.BEGIN + "another number" + table.END)
+    monkeypatch.setattr(where, *what)
     assert table.main(["--check"]) == 1
-    assert "README.md" in capsys.readouterr().err
+    assert page in capsys.readouterr().err
 
 
 def test_the_plain_step_of_the_harvest_benchmark_trains_the_same_model() -> None:
@@ -40,6 +49,30 @@ def test_the_plain_step_of_the_harvest_benchmark_trains_the_same_model() -> None
     learner = cpu.VisionTransformer()
     images = torch.randn(5, 28, 28)
     torch.testing.assert_close(cpu.Plain(learner)(images), learner.predict(images))
+
+
+def test_every_one_pass_contender_trains_and_only_chosen_rows_differ_from_a_full_step() -> None:
+    small = {"batch": 6, "tokens": 5, "width": 12, "depth": 1}
+    for learner in (one_pass.vision_transformer(**small), one_pass.gpt(**small, vocabulary=11)):
+        steps = one_pass.contenders(learner, (0.5,), ("eager", "two_pass", "masked"))
+        found = {}
+        for name, step in steps.items():
+            step()
+            found[name] = torch.cat([p.grad.flatten() for p in learner.model.parameters()])
+        masked = found.pop("masked at 0.5")
+        assert not torch.allclose(found.pop(one_pass.FULL), masked, rtol=1e-2)
+        for gradient in found.values():
+            # float32: some thousand roundings of 6e-8, of terms as large as the largest
+            torch.testing.assert_close(gradient, masked, rtol=1e-4, atol=1e-6 * float(masked.abs().max()) + 1e-7)
+
+
+def test_the_allocated_peak_counts_what_a_step_holds_at_once() -> None:
+    def step() -> None:
+        for _ in range(3):  # 4 MiB at a time, three times
+            torch.empty(1 << 20).fill_(1)
+
+    one_pass.allocated_peak(step)
+    assert one_pass.allocated_peak(step) == 4 << 20
 
 
 def make_nothing() -> int:

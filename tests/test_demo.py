@@ -270,6 +270,35 @@ def test_the_demo_ends_with_table_intervals_picture_and_json(
     assert found["most_chosen"][0]["times"] > found["least_chosen"][0]["times"]
 
 
+def test_the_demo_teaches_in_one_pass_and_shows_what_the_forward_of_the_rest_took(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = small_part_of_the_subset(tmp_path / "data")
+    out, json_file = tmp_path / "demo.png", tmp_path / "demo.json"
+    arguments = f"--way one-pass --data fashion-mnist:{folder} --seeds 1 --epochs 2 --ratio 0.5 --out {out}"
+    assert main(["demo", *arguments.split(), "--json", str(json_file)]) == 0
+    text = capsys.readouterr().out
+    assert "forward of the rest s" in text and "in pools of 64 and 128 images" in text
+    found = json.loads(json_file.read_text())
+    runs = {(run["arm"], run["batch_size"]): run for run in found["runs"]}
+    for (arm, size), one in runs.items():
+        if arm == ATTENT:
+            # 200 images: an epoch in batches, and one in pools of twice as many, of which a batch is trained on
+            assert one["steps"] == 200 // size + 200 // (2 * size) and one["examples"] == one["steps"] * size
+            assert 0 < one["unchosen_seconds"] < one["seconds"] and 0 < one["teaching_seconds"] < one["seconds"]
+            full = runs[FULL, size]
+            taken = one["seconds"] / (full["seconds"] / full["steps"])
+            # More where another batch size has left full data with less time than attent took.
+            assert runs[SAME_COMPUTE, size]["steps"] >= taken - 0.5
+        else:
+            assert one["unchosen_seconds"] == 0
+
+
+def test_pools_are_larger_than_batches_by_the_keep_ratio_in_the_epochs_that_are_not_full() -> None:
+    assert arms.one_pass_sizes(1000, 32, 8, 0.25) == [32, 128, 128, 128, 128, 128, 128, 32]
+    assert arms.same_seconds_steps(a_run(ATTENT, 90, seconds=5.0), a_run(FULL, 90, seconds=10.0)) == 50
+
+
 @pytest.mark.parametrize(
     ("setting", "named"),
     [
@@ -279,6 +308,7 @@ def test_the_demo_ends_with_table_intervals_picture_and_json(
         ({"ratio": 1.5}, "--ratio"),
         ({"ratio": float("nan")}, "--ratio"),
         ({"threads": 0}, "--threads"),
+        ({"way": "two-pass"}, "--way"),
         ({"out": Path("demo.jpg")}, "--out"),
         ({"out": Path("no/such/folder/demo.png")}, "--out"),
         ({"json": Path("no/such/folder/demo.json")}, "--json"),

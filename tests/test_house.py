@@ -133,6 +133,18 @@ def test_nothing_imports_the_integrations() -> None:
     assert wrong == set()
 
 
+def test_only_the_integrations_import_other_peoples_trainers() -> None:
+    trainers = ("accelerate", "lightning", "peft", "pytorch_lightning", "transformers", "trl")
+    integrations = PACKAGES["attent"] / "integrations"
+    wrong = {
+        str(file.relative_to(ROOT))
+        for file in python_files("attent")
+        if integrations not in file.parents
+        and any(lies_in(module, name) for module in imported_modules(file, "attent") for name in trainers)
+    }
+    assert wrong == set()
+
+
 def test_relative_imports_are_seen_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PACKAGES, "attent", tmp_path)
     file = tmp_path / "ops" / "some.py"

@@ -358,7 +358,7 @@ def test_the_report_says_engine_cost_and_reasons() -> None:
     step.backward(step(*batch), torch.arange(3))
     report = step.report()
     assert (report.engine, report.keep_ratio, report.cost) == ("eager", 3 / B, (1 + 2 * 3 / B) / 3)
-    assert "no compile engine yet" in report.refused["compile"] and "engine: eager" in str(report)
+    assert not report.refused and "engine: eager" in str(report)
     step = OnePass(classify(model), engine="two_pass")
     step.backward(step(*batch), torch.arange(3))
     assert step.report().cost == (1 + 3 * 3 / B) / 3

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 transformers = pytest.importorskip("transformers")
 
 B, T, VOCABULARY = 6, 8, 50
+KINDS = ("gpt2", "llama", "qwen2", "bert", "vit")
 TEXT = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -91,11 +92,15 @@ def learner(kind: str, dropout: float) -> tuple[nn.Module, Callable[..., Any], d
     return model.double().train(), losses, batch
 
 
-@pytest.mark.parametrize("engine", ["eager", "two_pass"])
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "bert", "vit"])
-def test_gradients_equal_training_on_the_chosen_rows_alone(kind: str, engine: str) -> None:
+#: Engine and, for the compile engine, backend. Inductor takes minutes for each model.
+ENGINES = [(kind, engine, "aot_eager") for kind in KINDS for engine in ("eager", "two_pass", "compile")]
+
+
+@pytest.mark.parametrize(("kind", "engine", "backend"), [*ENGINES, ("gpt2", "compile", "inductor")])
+def test_gradients_equal_training_on_the_chosen_rows_alone(kind: str, engine: str, backend: str) -> None:
+    torch._dynamo.reset()
     model, losses, batch = learner(kind, 0.0)
-    step = OnePass(losses, engine=engine)
+    step = OnePass(losses, engine=engine, compile_backend=backend)
     for chosen in ([4, 0, 3], [2], [5, 1, 1]):
         index = torch.tensor(chosen)
         step.backward(step(**batch), index)
@@ -103,18 +108,21 @@ def test_gradients_equal_training_on_the_chosen_rows_alone(kind: str, engine: st
         losses(**{name: x[index] for name, x in batch.items()}).mean().backward()
         # Sums over rows run in another order than on the chosen rows alone: some hundred roundings of 1e-16.
         assert relative_error(ours, gradients(model)) < 1e-10
+        assert step.report().engine == engine
 
 
+@pytest.mark.parametrize("engine", ["eager", "compile"])
 @pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "bert", "vit"])
-def test_dropout_and_checkpointing_are_exact(kind: str, checkpointed: bool) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_and_checkpointing_are_exact(kind: str, checkpointed: bool, engine: str) -> None:
+    torch._dynamo.reset()
     model, losses, batch = learner(kind, 0.1)
     batch.pop("attention_mask", None)
     if "input_ids" in batch:
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    step = OnePass(losses, engine="eager")
+    step = OnePass(losses, engine=engine, compile_backend="aot_eager")
     for chosen in ([4, 0, 3], [5, 1]):
         index = torch.tensor(chosen)
         pool = step(**batch)

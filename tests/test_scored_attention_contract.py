@@ -19,7 +19,8 @@ from attent.ops import scored_attention_op, torch_scored_attention
 from attent.ops.scored_attention import POOLS
 from attent.ops.scored_attention_op import Gradients, Problem, Saved, Scoring, empty_results
 
-from .test_scored_attention import FLOAT64, as_elsewhere, call, cu_seqlens, gradients, output_shape, randn
+from .scored_attention_problems import FLOAT64, call, cu_seqlens, gradients, output_shape, randn
+from .test_scored_attention import as_elsewhere
 
 
 def test_plain_attention_is_pytorchs() -> None:

@@ -11,8 +11,6 @@ from torch import Tensor
 from attent_kernels.linear_cross_entropy import gram
 from attent_kernels.linear_cross_entropy.gram import Gram, tile_bytes
 
-from .fast_interpreter import fast_interpreter as fast_interpreter
-
 MIXES = [[37], [0, 5, 0, 0, 1, 20, 3], [16, 17, 15], [1] * 19]
 # Float32 sums of some hundred products of order one.
 CLOSE = {"rtol": 1e-5, "atol": 1e-4}

@@ -22,7 +22,6 @@ from attent import reference
 from attent.ops import triton_chunks, triton_head
 from attent_kernels.linear_cross_entropy import gram, rows
 
-from .fast_interpreter import fast_interpreter as fast_interpreter
 from .linear_cross_entropy_problems import (
     NAMES,
     PER_EXAMPLE,

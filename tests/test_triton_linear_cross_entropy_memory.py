@@ -13,7 +13,6 @@ from attent.ops import triton_chunks, triton_head
 from attent.ops.dispatch import implementation
 from attent.ops.linear_cross_entropy_op import Call
 
-from .fast_interpreter import fast_interpreter as fast_interpreter
 from .linear_cross_entropy_problems import NAMES, no_looking
 from .test_linear_cross_entropy_memory import Allocations
 from .test_triton_linear_cross_entropy import small

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 import attent
 from attent import reference
 
-from .fast_interpreter import fast_interpreter as fast_interpreter
 from .linear_cross_entropy_problems import NAMES, Problem
 from .test_linear_cross_entropy_accuracy import UNIT, confident_logits, error
 

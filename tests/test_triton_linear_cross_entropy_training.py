@@ -15,7 +15,6 @@ import attent
 from attent.ops import triton_chunks, triton_head
 from attent.ops.dispatch import implementation
 
-from .fast_interpreter import fast_interpreter as fast_interpreter
 from .linear_cross_entropy_problems import NAMES, REDUCTIONS, no_looking
 from .test_triton_linear_cross_entropy_memory import TOKENS, WIDTH, WITHOUT_LOGITS, call
 

@@ -15,7 +15,6 @@ import attent
 from attent.ops.dispatch import implementation
 from attent_kernels import runtime, selection
 
-from .fast_interpreter import fast_interpreter as fast_interpreter
 from .linear_cross_entropy_problems import Problem, problems
 from .scorer_tiles import launches, small_tiles
 

@@ -18,7 +18,6 @@ from attent.ops.linear_cross_entropy_op import Call
 from attent_kernels import runtime
 from attent_kernels.linear_cross_entropy.launch_scorer import Scored, block_of_examples, score_tokens
 
-from .fast_interpreter import fast_interpreter as fast_interpreter
 from .linear_cross_entropy_problems import PER_EXAMPLE, REDUCTIONS, Problem, problems
 from .scorer_budgets import U, assert_is_reference, names_for
 from .scorer_tiles import launches, products, small_tiles

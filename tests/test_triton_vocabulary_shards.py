@@ -12,7 +12,6 @@ from torch import Tensor
 
 import attent
 
-from .fast_interpreter import fast_interpreter as fast_interpreter
 from .linear_cross_entropy_problems import NAMES, Problem
 from .ranks import on_ranks
 from .test_triton_linear_cross_entropy import small

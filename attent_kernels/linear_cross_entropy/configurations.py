@@ -1,13 +1,13 @@
 """Tile sizes by architecture and dtype, and how a launch is cut into vocabulary groups and sweeps: why each is so.
 
 Nothing here has run on a GPU yet: it is derived, and checked by ahead-of-time compilation for registers, spills and
-shared memory. ``ATTENT_AUTOTUNE=1`` measures :data:`CANDIDATES` (see :mod:`.autotune`).
+shared memory. ``ATTENT_AUTOTUNE=1`` measures :data:`CANDIDATES` (see :mod:`..autotune`).
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -83,6 +83,20 @@ def configuration(
     if tokens <= 64 and chosen.rows > 64:  # the least number of rows of wgmma
         chosen = chosen._replace(rows=64, warps=4)
     return chosen
+
+
+def kind_of(arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """What decides which tiles are fastest, of the arguments of ``score_tokens``: dtype, sizes within 2, options."""
+    hidden, weight, target = arguments["input"], arguments["linear_weight"], arguments["target"]
+    return (
+        hidden.dtype,
+        hidden.shape[-1],
+        (hidden.numel() // hidden.shape[-1]).bit_length(),
+        weight.shape[0].bit_length(),
+        target.is_floating_point(),
+        *(bool(arguments[name]) for name in ("label_smoothing", "softcap")),
+        *(arguments[name] is None for name in ("linear_bias", "weight", "cu_seqlens", "choose")),
+    )
 
 
 def processors(device: torch.device) -> int:

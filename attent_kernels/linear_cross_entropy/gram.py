@@ -29,8 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import add_product, capped
 from ..runtime import on_device_of
-from .elementary import add_product, capped
 
 #: Rows and columns of a tile. At 128 × 128 each byte loaded serves 64 operations: tensor cores then wait for L2, but
 #: the next larger tile would leave half the processors without one where a chunk holds one example of 512 tokens.

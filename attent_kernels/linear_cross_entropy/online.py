@@ -41,19 +41,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elementary import capped, log1p
+from ..arithmetic import LOG2_E, capped, log1p
 
 #: Kept per token and vocabulary group: m, a, s; and b, c, t, o where the target is spread out.
 KEPT, KEPT_SPREAD = 3, 7
 
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
-
-
 @triton.jit
 def exp(x):
     """What is below 1e-38 is 0, which spares a GPU the three instructions in six that keep it."""
-    return tl.exp2(x * _LOG2_E)
+    return tl.exp2(x * LOG2_E)
 
 
 @triton.jit

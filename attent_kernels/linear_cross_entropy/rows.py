@@ -35,8 +35,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import capped, log1p, rounded
 from ..runtime import on_device_of
-from .elementary import capped, log1p, rounded
 
 #: Columns read at a time: 16 elements for each of 256 threads; more would leave registers for fewer rows a processor.
 MAX_BLOCK = 4096
@@ -141,6 +141,7 @@ def row_pass(
             # As many threads as elements at least: no element then has two threads, one of which could read it after
             # the other has written the gradient over it.
             num_warps=max(1, min(8, block // 256)),
+            maxnreg=96,  # left alone, the compiler would rather spill with all options than hold fewer rows at a time
         )
     return result
 

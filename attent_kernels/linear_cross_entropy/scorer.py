@@ -19,10 +19,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..arithmetic import add_product
 from ..selection import select_in_block
 from ..tickets import take_ticket
 from .columns import keep_columns
-from .elementary import add_product
 from .folds import fold_blocks, fold_examples, fold_groups
 from .online import cap, loss_and_square, nothing_kept
 from .tokens import blocks_of_tile, read_tokens, rows_at, tiles_of_block
@@ -153,7 +153,7 @@ def score_kernel(
         tl.store(p_slot + 5 * groups * capacity, t)
         tl.store(p_slot + 6 * groups * capacity, o)
     tl.store(scratch.own + rows, own, (label >= begin * BN) & (label < end * BN))
-    if out.head is not None:  # noqa: SIM102 - decided when compiled, the next one when run
+    if out.head is not None:
         if (group == 0) & (is_needed == 1):
             square = tl.zeros([BM], tl.float32)
             for start in range(0, width, BK):

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import capped, rounded
 from ..runtime import on_device_of
-from .elementary import capped, rounded
 from .rows import MAX_BLOCK, SUMS
 
 

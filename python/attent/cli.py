@@ -1,4 +1,4 @@
-"""The command line: ``attent demo`` and ``attent doctor``."""
+"""The command line: ``attent demo``, ``attent doctor`` and ``attent report``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import __version__
 from .demo.data import SUBSET
-from .demo.settings import Settings, usual_epochs
+from .demo.settings import WAYS, Settings, usual_epochs
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -24,7 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from .demo.run import demo
 
             epochs = usual_epochs(args.data) if args.epochs is None else args.epochs
-            demo(Settings(args.seeds, args.data, epochs, args.ratio, args.out, args.json, args.threads))
+            settings = Settings(args.seeds, args.data, epochs, args.ratio, args.out, args.json, args.threads, args.way)
+            demo(settings)
+        elif args.command == "report":
+            from .report import report
+
+            print(report(args.run, args.out, args.compare))
         else:
             from .doctor import doctor
 
@@ -44,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_doctor(commands)
+    _add_report(commands)
     return parser
 
 
@@ -70,6 +76,13 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     demo.add_argument("--ratio", type=float, default=usual.ratio, metavar="R", help="attent's keep ratio")
     demo.add_argument("--out", type=Path, default=usual.out, metavar="PNG", help="where the picture goes")
     demo.add_argument("--json", type=Path, metavar="FILE", help="write every run, interval and setting to FILE")
+    demo.add_argument(
+        "--way",
+        choices=WAYS,
+        default=usual.way,
+        help="how attent teaches: 'harvest' trains on chosen images of later epochs; 'one-pass' runs the forward on "
+        "pools of images and the backward on those chosen from them",
+    )
     demo.add_argument("--threads", type=int, default=usual.threads, metavar="N", help="torch's threads")
 
 
@@ -89,3 +102,14 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    report = commands.add_parser(
+        "report",
+        help="a page about a run: what was chosen, what it cost, what it saved",
+        description="Write one self-contained HTML page from the teaching.jsonl that a run left, and print its path.",
+    )
+    report.add_argument("run", metavar="RUN", help="the run's folder, or its teaching.jsonl")
+    report.add_argument("--out", type=Path, metavar="HTML", help="where the page goes (default: RUN/teaching.html)")
+    report.add_argument("--compare", nargs="*", default=[], metavar="RUN", help="runs whose metrics are drawn along")

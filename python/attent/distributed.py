@@ -42,6 +42,15 @@ def sum_over_ranks(values: list[int]) -> list[int]:
     return [int(value) for value in total.tolist()]
 
 
+def max_over_ranks(value: Tensor) -> Tensor:
+    """The largest of all ranks' elements, on the CPU."""
+    if rank_and_world()[1] == 1:
+        return value.cpu()
+    carrier = value.to(_device_for(None), copy=True)
+    dist.all_reduce(carrier, dist.ReduceOp.MAX)
+    return carrier.cpu()
+
+
 def from_rank_0(value: Tensor) -> Tensor:
     """Rank 0's ``value``; the other ranks pass a tensor of its shape and dtype, whose contents do not matter."""
     if rank_and_world()[1] == 1:

@@ -33,7 +33,7 @@ class RecordBuffer:
         sizes = torch.tensor(self._sizes, dtype=torch.int64)
         calls = torch.arange(self._calls_taken, self._calls_taken + len(sizes)).repeat_interleave(sizes)
         ids = _concatenate(self._ids).cpu() if self._ids else torch.empty(0, dtype=torch.int64)
-        scores = _concatenate(self._scores).cpu() if self._scores else torch.empty(0)
+        scores = _concatenate(self._scores).cpu() if self._scores else torch.empty(0, dtype=torch.float32)
         self._calls_taken += len(sizes)
         self._ids, self._scores, self._sizes, self._compact = [], [], [], 0
         return ids, scores, calls
@@ -57,8 +57,8 @@ class ScoreStore:
 
     def __init__(self, num_examples: int) -> None:
         self.num_examples = num_examples
-        self.score = torch.full((num_examples,), float("nan"))
-        self.lowest = torch.full((num_examples,), float("inf"))
+        self.score = torch.full((num_examples,), float("nan"), dtype=torch.float32)
+        self.lowest = torch.full((num_examples,), float("inf"), dtype=torch.float32)
         self.visits = torch.zeros(num_examples, dtype=torch.int32)
         self.last_seen = torch.full((num_examples,), -1, dtype=torch.int32)
         self.stale_visits = torch.zeros(num_examples, dtype=torch.int32)
@@ -71,7 +71,7 @@ class ScoreStore:
 
         A non-finite score is counted and otherwise changes nothing but the visit.
         """
-        new = torch.full((self.num_examples,), torch.nan)
+        new = torch.full((self.num_examples,), torch.nan, dtype=torch.float32)
         new[example_ids] = scores
         scored = new.isfinite()
         seen = scored

@@ -16,6 +16,7 @@ import attent
 
 from .data import Images
 from .learner import VisionTransformer
+from .ways import Harvest, InOnePass, Plain, Way
 
 FULL, SAME_COMPUTE, ATTENT = "full data", "full data, same compute", "attent"
 ARMS = (FULL, SAME_COMPUTE, ATTENT)
@@ -45,6 +46,7 @@ class Run:
     accuracy: float  # per cent of the test set, after the last step
     curve: list[tuple[float, float]]  # (seconds, accuracy)
     visits: Tensor  # [N] how often each training image was trained on
+    unchosen_seconds: float = 0.0  # one-pass: forward of rows that were then not trained on
 
     @property
     def examples(self) -> int:
@@ -78,7 +80,7 @@ def train_on_full_data(
             for begin in range(0, len(order) - batch_size + 1, batch_size):
                 yield order[begin : begin + batch_size]
 
-    return _learn(images, batches(), steps, arm, seed, batch_size, None, 0.0, step_done)
+    return _learn(images, batches(), steps, arm, seed, batch_size, Plain(images), step_done)
 
 
 def train_with_attent(
@@ -102,11 +104,58 @@ def train_with_attent(
             yield from map(torch.tensor, sampler)
 
     steps = teacher.total_steps(batch_size)
-    return _learn(images, batches(), steps, ATTENT, seed, batch_size, teacher, scoring_seconds, step_done)
+    way = Harvest(images, teacher, scoring_seconds)
+    return _learn(images, batches(), steps, ATTENT, seed, batch_size, way, step_done)
+
+
+def train_in_one_pass(
+    images: Images,
+    seed: int,
+    batch_size: int,
+    epochs: int,
+    ratio: float,
+    scoring_seconds: float,
+    step_done: Callable[[], object],
+) -> Run:
+    """``epochs`` passes over all images. Those that harvest would reduce run in pools, a batch of each trained on.
+
+    ``scoring_seconds`` is what the scores of a pool cost.
+    """
+    teacher = attent.Teacher(len(images.train_images), total_epochs=epochs, ratio=ratio, seed=seed)
+    sizes = one_pass_sizes(len(images.train_images), batch_size, epochs, ratio)
+    generator = torch.Generator().manual_seed(seed)
+
+    def batches() -> Iterator[Tensor]:
+        for size in sizes:
+            order = torch.randperm(len(images.train_images), generator=generator)
+            for begin in range(0, len(order) - size + 1, size):
+                yield order[begin : begin + size]
+
+    steps = sum(len(images.train_images) // size for size in sizes)
+    way = InOnePass(images, teacher, batch_size, scoring_seconds)
+    return _learn(images, batches(), steps, ATTENT, seed, batch_size, way, step_done)
+
+
+def one_pass_sizes(num_examples: int, batch_size: int, epochs: int, ratio: float) -> list[int]:
+    """For each epoch how many images a step sees: a batch, or a pool of which a batch is the keep ratio."""
+    plan = attent.Teacher(num_examples, total_epochs=epochs, ratio=ratio).epoch_sizes()
+    return [batch_size if size == num_examples else pool_size(batch_size, ratio) for size in plan]
+
+
+def pool_size(batch_size: int, ratio: float) -> int:
+    """Rows of a pool of which a batch is the keep ratio."""
+    return round(batch_size / ratio)
+
+
+def same_seconds_steps(attent_run: Run, full_run: Run) -> int:
+    """Steps on full data that take attent's measured seconds, at what a step of the full run took (one-pass)."""
+    return max(1, round(attent_run.seconds / (full_run.seconds / full_run.steps)))
 
 
 def same_compute_steps(attent_run: Run) -> int:
-    """Steps on full data that take attent's measured seconds: its own, and those its teaching would have paid for."""
+    """Steps on full data that take attent's measured seconds (harvest, whose steps are full data's own): as many, and
+    those that its teaching would have paid for.
+    """
     seconds_per_step = (attent_run.seconds - attent_run.teaching_seconds) / attent_run.steps
     return attent_run.steps + math.ceil(attent_run.teaching_seconds / seconds_per_step)
 
@@ -147,38 +196,35 @@ def _learn(
     arm: str,
     seed: int,
     batch_size: int,
-    teacher: attent.Teacher | None,
-    scoring_seconds: float,
+    way: Way,
     step_done: Callable[[], object],
 ) -> Run:
-    """The loop of every arm. What attent adds to it: the score asked for in the forward, and ``teacher.record``."""
+    """The loop of every arm; what attent adds to it is in :mod:`.ways`."""
     torch.manual_seed(seed)  # the same initial learner in every arm
     learner = VisionTransformer()
     rate = LEARNING_RATES[batch_size]
     optimizer = torch.optim.AdamW(learner.parameters(), lr=rate, weight_decay=WEIGHT_DECAY, fused=True)
     scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
-    score = None if teacher is None else "logit"
     trained_on, curve = [], []
     checkpoints = [math.ceil(steps * part / EVALUATIONS) for part in range(1, EVALUATIONS + 1)]
     watch = Stopwatch()
     for step in range(1, steps + 1):
-        ids = next(batches)
-        result = learner(images.train_images[ids], images.train_labels[ids], score)
+        loss, ids = way.loss(learner, next(batches))
         optimizer.zero_grad()
-        result.losses.mean().backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         scheduler.step()
-        if teacher is not None:
-            teacher.record(ids, result.scores)
+        way.after_step()
         trained_on.append(ids)
         if step in checkpoints:
             watch.stop()
             curve += [(watch.seconds, accuracy(learner, images))] * checkpoints.count(step)  # more than 1 in tiny runs
             watch.start()
         step_done()
-    taught = 0.0 if teacher is None else teacher.summary()["teaching_seconds"] + steps * scoring_seconds
+    taught = way.teaching_seconds(steps)
     visits = torch.bincount(torch.cat(trained_on), minlength=len(images.train_images))
-    return Run(arm, seed, batch_size, steps, curve[-1][0], taught, curve[-1][1], curve, visits)
+    unchosen = way.unchosen_seconds
+    return Run(arm, seed, batch_size, steps, curve[-1][0], taught, curve[-1][1], curve, visits, unchosen)
 
 
 def warmup_cosine(step: int, steps: int) -> float:

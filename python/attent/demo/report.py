@@ -51,6 +51,7 @@ def report(settings: Settings, images: Images, runs: list[Run], total_seconds: f
                 "examples": run.examples,
                 "seconds": run.seconds,
                 "teaching_seconds": run.teaching_seconds,
+                "unchosen_seconds": run.unchosen_seconds,
                 "accuracy": run.accuracy,
                 "curve": run.curve,
             }

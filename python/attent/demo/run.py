@@ -22,7 +22,7 @@ from .data import Images, load
 from .intervals import mean
 from .learner import VisionTransformer
 from .report import report
-from .settings import Settings
+from .settings import ONE_PASS, Settings
 
 #: Below this share of attent's seconds, full data at the same compute is trained again with more steps.
 LEVEL_ENOUGH = 0.98
@@ -68,7 +68,9 @@ def train_all(settings: Settings, images: Images) -> list[Run]:
     from tqdm import tqdm
 
     runs: list[Run] = []
-    scoring_seconds = {size: arms.seconds_of_scoring(images, size) for size in LEARNING_RATES}
+    in_one_pass = settings.way == ONE_PASS
+    scored = {size: arms.pool_size(size, settings.ratio) if in_one_pass else size for size in LEARNING_RATES}
+    scoring_seconds = {size: arms.seconds_of_scoring(images, scored[size]) for size in LEARNING_RATES}
     # disable=None: no bar where stderr is not a terminal
     with tqdm(total=_planned_steps(settings, images), unit="step", disable=None, dynamic_ncols=True) as bar:
 
@@ -81,12 +83,12 @@ def train_all(settings: Settings, images: Images) -> list[Run]:
             for size in LEARNING_RATES:
                 bar.set_description(f"seed {seed}, batch {size}")
                 steps = settings.epochs * (len(images.train_images) // size)
-                finished(arms.train_on_full_data(images, seed, size, steps, FULL, bar.update))
-                taught = arms.train_with_attent(
-                    images, seed, size, settings.epochs, settings.ratio, scoring_seconds[size], bar.update
-                )
+                full = arms.train_on_full_data(images, seed, size, steps, FULL, bar.update)
+                finished(full)
+                teach = arms.train_in_one_pass if in_one_pass else arms.train_with_attent
+                taught = teach(images, seed, size, settings.epochs, settings.ratio, scoring_seconds[size], bar.update)
                 finished(taught)
-                steps = arms.same_compute_steps(taught)
+                steps = arms.same_seconds_steps(taught, full) if in_one_pass else arms.same_compute_steps(taught)
                 finished(arms.train_on_full_data(images, seed, size, steps, SAME_COMPUTE, bar.update))
         _level(runs, images, bar.update, finished)
     return runs
@@ -123,7 +125,12 @@ def _introduction(settings: Settings, images: Images) -> Iterator[str]:
     yield f"arms     {FULL}: {settings.epochs} epochs"
     yield f"         {SAME_COMPUTE}: for the seconds that attent takes, teaching included"
     reduced = settings.epochs - full_epochs
-    yield f"         {ATTENT}: {full_epochs} epochs in full, {reduced} of {settings.ratio:.0%} of the images"
+    if settings.way == ONE_PASS:
+        pools = " and ".join(str(arms.pool_size(size, settings.ratio)) for size in LEARNING_RATES)
+        yield f"         {ATTENT}, one-pass: {full_epochs} epochs in full, {reduced} in pools of {pools} images,"
+        yield "         forward of the pool, backward of a batch chosen from it"
+    else:
+        yield f"         {ATTENT}: {full_epochs} epochs in full, {reduced} of {settings.ratio:.0%} of the images"
     yield f"         the learning rate decays over each run's own steps; seeds 0 to {settings.seeds - 1}"
     yield f"batches  of {sizes}; {table.BATCH_SIZE_RULE}"
 
@@ -142,8 +149,18 @@ def _threads(count: int) -> Iterator[None]:
 def _planned_steps(settings: Settings, images: Images) -> int:
     """The steps of all runs but the few that pay for teaching seconds, for the progress bar."""
     full_epoch, teacher = len(images.train_images), _teacher(settings, images)
-    each = [settings.epochs * (full_epoch // size) + 2 * teacher.total_steps(size) for size in LEARNING_RATES]
-    return settings.seeds * sum(each)
+    planned = 0
+    for size in LEARNING_RATES:
+        planned += settings.epochs * (full_epoch // size)
+        if settings.way == ONE_PASS:
+            sizes = arms.one_pass_sizes(full_epoch, size, settings.epochs, settings.ratio)
+            planned += sum(full_epoch // seen for seen in sizes)
+            # A forward of the pool and a backward of the chosen: full data at the same compute takes as many images.
+            share = (1 + 2 * settings.ratio) / 3
+            planned += int(sum(full_epoch // size * (1 if seen == size else share) for seen in sizes))
+        else:
+            planned += 2 * teacher.total_steps(size)
+    return settings.seeds * planned
 
 
 def _teacher(settings: Settings, images: Images) -> attent.Teacher:

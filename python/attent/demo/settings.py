@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .._checks import check_int, check_number, refuse
+from .._checks import check_choice, check_int, check_number, refuse
 from .data import SUBSET
+
+HARVEST, ONE_PASS = "harvest", "one-pass"
+WAYS = (HARVEST, ONE_PASS)
 
 
 def usual_epochs(data: str) -> int:
@@ -26,6 +29,7 @@ class Settings:
     json: Path | None = None
     #: The learner's operations are so small that a second thread gains little; waiting for a busy core costs far more.
     threads: int = 1
+    way: str = HARVEST
 
     def check(self) -> None:
         """Refuse values that no run can use, before any time is spent."""
@@ -33,6 +37,7 @@ class Settings:
         check_int("--epochs", self.epochs, low=2, why="a full one for the first scores, then those that attent reduces")
         check_number("--ratio", self.ratio, low=0, high=1, open_low=True)
         check_int("--threads", self.threads, low=1)
+        check_choice("--way", self.way, WAYS)
         if self.out.suffix.lower() != ".png":
             refuse("--out", repr(str(self.out)), "a path that ends in .png")
         for argument, path in (("--out", self.out), ("--json", self.json)):

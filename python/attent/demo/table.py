@@ -29,6 +29,7 @@ class ArmResult:
     teaching_seconds: float
     saved_seconds: float  # the full arm's measured seconds minus this arm's; 0 for the full arm
     examples: float
+    unchosen_seconds: float = 0.0  # one-pass: forward of rows that were then not trained on
 
 
 def better_batch_size(runs: Sequence[Run], arm: str) -> int:
@@ -64,6 +65,7 @@ def arm_results(runs: Sequence[Run]) -> list[ArmResult]:
                 teaching_seconds=mean([run.teaching_seconds for run in chosen]),
                 saved_seconds=full_seconds - seconds,
                 examples=mean([run.examples for run in chosen]),
+                unchosen_seconds=mean([run.unchosen_seconds for run in chosen]),
             )
         )
     return results
@@ -88,9 +90,11 @@ def most_and_least_chosen(visits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def table(results: Sequence[ArmResult]) -> str:
-    """The rows under their heads."""
+    """The rows under their heads; one-pass has a column of its own for the forward of rows not trained on."""
     full_seconds = next(result.seconds for result in results if result.arm == FULL)
-    heads = ("arm", "batch", "accuracy %", "seconds", "examples trained on", "teaching s", "saved s")
+    in_one_pass = any(result.unchosen_seconds > 0 for result in results)
+    heads: tuple[str, ...] = ("arm", "batch", "accuracy %", "seconds", "examples trained on", "teaching s")
+    heads += ("forward of the rest s", "saved s") if in_one_pass else ("saved s",)
     rows = [
         (
             result.arm,
@@ -99,6 +103,7 @@ def table(results: Sequence[ArmResult]) -> str:
             f"{result.seconds:.2f}",
             f"{result.examples:,.0f}",
             f"{result.teaching_seconds:.2f}" if result.arm == ATTENT else "-",
+            *([f"{result.unchosen_seconds:.2f}" if result.arm == ATTENT else "-"] if in_one_pass else []),
             f"{result.saved_seconds:.2f} ({result.saved_seconds / full_seconds:.0%})" if result.arm != FULL else "-",
         )
         for result in results

@@ -42,9 +42,16 @@ class Batch:
             return False
         return leaf.dim() > 0 and leaf.shape[0] == self.size
 
+    @property
+    def row_leaves(self) -> list[int]:
+        """Which of the flattened arguments have one row per example."""
+        return [i for i, leaf in enumerate(self._leaves) if self.is_rows(leaf)]
+
     def map(self, function: Callable[[Tensor], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments with ``function`` applied to every tensor of rows."""
-        leaves = [function(leaf) if self.is_rows(leaf) else leaf for leaf in self._leaves]
+        return self._rebuilt([function(leaf) if self.is_rows(leaf) else leaf for leaf in self._leaves])
+
+    def _rebuilt(self, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = pytree.tree_unflatten(leaves, self._tree)
         return args, kwargs
 

@@ -59,3 +59,34 @@ def moved_by_view(shape: tuple[int, ...], layout: Layout, batch: int, new_shape:
             return Layout(dim, outer, size // (outer * batch))
         before *= size
     return None
+
+
+def cut_aliases(tensors: list[Tensor], layouts: list[Layout], index: Tensor) -> list[Tensor] | None:
+    """Rows of tensors that are views of one storage with the batch outermost in it, such as q, k and v.
+
+    The storage's rows are copied once and every view made anew in them. None: the tensors are not laid out so, or cover
+    less than half of the storage.
+    """
+    first, layout = tensors[0], layouts[0]
+    row = first.stride(layout.dim) * layout.inner  # elements in memory from one example to the next
+    batch = first.shape[layout.dim] // (layout.outer * layout.inner)
+    stored = first.untyped_storage().nbytes() // first.element_size()
+    if row == 0 or stored < batch * row or 2 * sum(x.numel() for x in tensors) < batch * row:
+        return None
+    if not all(_lies_in_rows(x, place, row, first.dtype) for x, place in zip(tensors, layouts, strict=True)):
+        return None
+    rows = first.as_strided((batch, row), (row, 1), 0).index_select(0, index)
+    views = []
+    for tensor, place in zip(tensors, layouts, strict=True):
+        shape = list(tensor.shape)
+        shape[place.dim] = len(index) * place.inner
+        views.append(rows.as_strided(shape, tensor.stride(), tensor.storage_offset()))
+    return views
+
+
+def _lies_in_rows(tensor: Tensor, layout: Layout, row: int, dtype: torch.dtype) -> bool:
+    """Whether each example's part of a tensor lies in its own ``row`` elements of the storage."""
+    dim, outer, inner = layout
+    last = tensor.storage_offset() + (inner - 1) * tensor.stride(dim)
+    last += sum((size - 1) * tensor.stride(i) for i, size in enumerate(tensor.shape) if i != dim)
+    return outer == 1 and tensor.dtype == dtype and tensor.stride(dim) * inner == row and last < row

@@ -36,33 +36,46 @@ class Plan:
 
 
 @dataclass
-class _Run:
+class Run:
+    """A forward on some rows: what it saves for the backward, its losses, and operations' results if asked for."""
+
     saved: list[Tensor]
     losses: Tensor
     log: list[tuple[str, list[Tensor]]]
 
+    def rows_differ(self) -> bool:
+        """Whether the rows can be told apart."""
+        return len(self.losses.detach().unique()) == len(self.losses)
+
+
+#: Runs the forward on rows of the batch; with True, logs results.
+Runner = Callable[[list[int], bool], Run]
+
 
 def probe(function: Callable[..., Any], batch: Batch, modules: list[nn.Module]) -> Plan:
     """Learn a signature's plan, or raise :class:`OnePassError` naming what cannot be cut to rows."""
+    with no_trace(modules, batch.device):
+        layouts, whole = learn_layouts(lambda rows, log: _run(function, batch, rows, log), batch.size)
+    shapes = [(_at_batch_size(x, layout, batch.size), x.dtype) for x, layout in zip(whole.saved, layouts, strict=True)]
+    return Plan(layouts, shapes, lasting=whole.rows_differ())
+
+
+def learn_layouts(run: Runner, size: int) -> tuple[list[Layout | None], Run]:
+    """Where the batch of ``size`` rows is in each tensor that ``run`` saves, and the run on a few rows."""
     choose = random.Random(0)
-    count = min(batch.size, _ROWS)
-    rows = choose.sample(range(batch.size), count)
+    count = min(size, _ROWS)
+    rows = choose.sample(range(size), count)
     # No run on a single row: a size of 1 takes other paths through torch. Where a subset could be one, two are taken.
     positions = [choose.sample(range(count), size) for size in (2, 2, count - 1, count) if size >= 2]
-    with no_trace(modules, batch.device):
-        whole = _run(function, batch, rows)
-        parts = [(at, _run(function, batch, [rows[i] for i in at])) for at in positions]
-        try:
-            layouts = _layouts(whole, parts, count)
-        except OnePassError as error:
-            culprit = _culprit(function, batch, rows, positions[0])
-            raise OnePassError(f"{error}{culprit}") from None
-    shapes = [(_at_batch_size(x, layout, batch.size), x.dtype) for x, layout in zip(whole.saved, layouts, strict=True)]
-    losses = whole.losses.detach()
-    return Plan(layouts, shapes, lasting=len(losses.unique()) == count)
+    whole = run(rows, False)
+    parts = [(at, run([rows[i] for i in at], False)) for at in positions]
+    try:
+        return _layouts(whole, parts, count), whole
+    except OnePassError as error:
+        raise OnePassError(f"{error}{_culprit(run, rows, positions[0])}") from None
 
 
-def _run(function: Callable[..., Any], batch: Batch, rows: list[int], log_results: bool = False) -> _Run:
+def _run(function: Callable[..., Any], batch: Batch, rows: list[int], log_results: bool) -> Run:
     """One forward on some rows: what it saves, and its losses."""
     saved: list[Tensor] = []
 
@@ -91,7 +104,7 @@ def _run(function: Callable[..., Any], batch: Batch, rows: list[int], log_result
         raise OnePassError(
             f"per_example_loss returns losses of shape {tuple(losses.shape)} for {len(rows)} rows; takes [B]"
         )
-    return _Run(saved, losses, mode.log or [])
+    return Run(saved, losses, mode.log or [])
 
 
 def losses_of(result: Any) -> tuple[Tensor, Any]:
@@ -118,7 +131,7 @@ def graph_nodes(tensor: Tensor) -> list[Any]:
 # --------------------------------------------------------------------------------------------------------- the layouts
 
 
-def _layouts(whole: _Run, parts: list[tuple[list[int], _Run]], count: int) -> list[Layout | None]:
+def _layouts(whole: Run, parts: list[tuple[list[int], Run]], count: int) -> list[Layout | None]:
     if any(len(part.saved) != len(whole.saved) for _, part in parts):
         raise OnePassError("how many tensors the forward saves depends on the rows in the batch")
     found: list[list[Layout | None]] = []
@@ -214,10 +227,9 @@ def _at_batch_size(tensor: Tensor, layout: Layout | None, batch: int) -> tuple[i
 # --------------------------------------------------------------------------------------------- naming what was refused
 
 
-def _culprit(function: Callable[..., Any], batch: Batch, rows: list[int], at: list[int]) -> str:
+def _culprit(run: Runner, rows: list[int], at: list[int]) -> str:
     """The first operation whose result is not its rows' alone, in words."""
-    whole = _run(function, batch, rows, log_results=True)
-    part = _run(function, batch, [rows[i] for i in at], log_results=True)
+    whole, part = run(rows, True), run([rows[i] for i in at], True)
     for (name, results), (other_name, others) in zip(whole.log, part.log, strict=False):
         if name != other_name:
             return f"; the operations themselves depend on the rows, from {name} on"

@@ -38,4 +38,9 @@ class OnePassReport:
 
 def estimated_cost(engine: str, ratio: float) -> float:
     """A step over a full step, forward 1 and backward 2."""
-    return {"eager": (1 + 2 * ratio) / 3, "two_pass": (1 + 3 * ratio) / 3, "whole": 1.0}[engine]
+    return {
+        "eager": (1 + 2 * ratio) / 3,
+        "compile": (1 + 2 * ratio) / 3,
+        "two_pass": (1 + 3 * ratio) / 3,
+        "whole": 1.0,
+    }[engine]

@@ -7,35 +7,50 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .._checks import FLOATING, check_choice, check_int, check_tensor, describe, refuse, values_readable
 from .batch import Batch, modules_of
-from .eager import EagerForward
+from .chosen_loss import chosen_loss, whole_loss
+from .compiled import CompiledForward, CompileEngine
+from .eager import EagerEngine, EagerForward, what_is_compiled
 from .errors import OnePassError
-from .probe import Plan, graph_nodes, losses_of, probe
+from .lowering import BACKENDS
+from .packed import CU_SEQLENS, PackedBatch, batch_of
+from .probe import losses_of
 from .report import OnePassReport, estimated_cost
 from .two_pass import TwoPassForward
 from .verify import gradient_error
 
-_NO_COMPILE = "this release has no compile engine yet"
-_COMPILED = "a compiled region's backward does not run on chosen rows; leave out torch.compile"
+#: A forward that keeps its graph: its backward can be cut to chosen rows.
+Forward = EagerForward | CompiledForward
 
 
 class OnePass:
     """Trains on rows chosen from a batch at one forward of the batch and a backward of the chosen rows only.
 
-    A stream taught in five lines::
+    A stream taught in five lines:
 
-        step = attent.OnePass(per_example_loss)  # (x, y) -> losses [B], scores [B]          # 1
-        teacher = attent.Teacher(total_steps=10_000, ratio=0.5)                              # 2
-        for x, y in stream:
-            losses, scores = step(x, y)                                                      # 3
-            lesson = teacher.choose(scores)                                                  # 4
-            step.loss(losses, lesson.index, teacher.weights(lesson)).backward()              # 5
-            optimizer.step(); optimizer.zero_grad()
+    >>> model = torch.nn.Linear(8, 4)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> stream = [(torch.randn(32, 8), torch.randint(4, (32,))) for _ in range(3)]
+    >>> def per_example_loss(x, y):
+    ...     logits = model(x)
+    ...     return torch.nn.functional.cross_entropy(logits, y, reduction="none"), attent.example_scores(logits, y)
+    >>> step = attent.OnePass(per_example_loss)                                                      # 1
+    >>> teacher = attent.Teacher(total_steps=len(stream), ratio=0.5, reweight="inverse")             # 2
+    >>> for x, y in stream:
+    ...     losses, scores = step(x, y)                                                              # 3
+    ...     lesson = teacher.choose(scores)                                                          # 4
+    ...     step.loss(losses, lesson.index, teacher.weights(lesson)).backward()                      # 5
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    >>> print(step.report().engine, step.report().keep_ratio)
+    eager 0.5
+
+    ``teacher.choose(scores, example_ids=ids)`` of a teacher made with ``num_examples`` records the pool's scores too.
 
     Gradients are those of training on the chosen rows alone, to rounding. With random operations (dropout) they are
     those of the forward that was run: of the whole batch's masked backward.
@@ -46,49 +61,63 @@ class OnePass:
       signature (shapes, dtypes, options, training modes, autocast): one whose rows look at each other (BatchNorm,
       in-batch contrast) is refused, naming tensor and operation. The first gradient of each signature is compared with
       the whole batch's masked backward, and so is every ``verify_every``-th: that step costs two backwards more.
+    * ``"compile"`` costs as much, with what torch.compile saves. The learner, compiled or not, is compiled here as one
+      graph, once per signature; graph breaks are refused. It is probed, and the first gradient of each k compared, in
+      the same way. ``"inductor"`` compiles the backward for each k: a fifth k of a signature is refused.
     * ``"two_pass"`` costs (1 + 3r)/3: a forward without gradient, then forward and backward of the chosen rows, which
       draw new random numbers: with dropout, the losses and scores chosen by come from other masks than those trained
       with. It takes any learner, batch statistics being those of the chosen rows; peak memory is r of a full step's.
-    * ``"auto"`` is eager where the learner allows it, else two-pass, with a warning and the reason in :meth:`report`.
+    * ``"auto"`` is ``"compile"`` if ``per_example_loss`` or a module that it uses is already under torch.compile, else
+      ``"eager"``. Where that one refuses the learner it is ``"two_pass"``, with a warning and the reason in
+      :meth:`report`.
+
+    Not yet run on a GPU.
 
     Args:
         per_example_loss: called with the batch, returns ``losses`` ``[B]`` or ``(losses, scores)``.
-        engine: ``"auto"``, ``"eager"`` or ``"two_pass"``.
+        engine: ``"auto"``, ``"eager"``, ``"compile"`` or ``"two_pass"``.
         verify_every: n: compare every n-th step's gradient with the whole batch's masked backward and raise if they
             differ by more than rounding explains; 0: only the first of each signature.
+        compile_backend: what runs the compiled graphs: ``"inductor"``, or ``"aot_eager"``, operation by operation,
+            which takes seconds to compile where Inductor takes minutes.
 
     Raises:
-        ValueError: an argument is out of its range; ``engine="compile"``, which this release does not have yet.
-        OnePassError: with ``engine="eager"``, a learner that cannot be served; with any, a gradient that fails
-            ``verify_every``.
-
-    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 4))
-    >>> step = attent.OnePass(lambda x, y: torch.nn.functional.cross_entropy(model(x), y, reduction="none"))
-    >>> losses = step(torch.randn(16, 8), torch.arange(16) % 4)
-    >>> step.loss(losses, losses.topk(8).indices).backward()
-    >>> step.report().engine
-    'eager'
+        ValueError: an argument is out of its range.
+        OnePassError: with ``engine="eager"`` or ``"compile"``, a learner that cannot be served; with any, a gradient
+            that fails ``verify_every``.
     """
 
-    def __init__(self, per_example_loss: Callable[..., Any], *, engine: str = "auto", verify_every: int = 0) -> None:
+    def __init__(
+        self,
+        per_example_loss: Callable[..., Any],
+        *,
+        engine: str = "auto",
+        verify_every: int = 0,
+        compile_backend: str = "inductor",
+    ) -> None:
         if not callable(per_example_loss):
             refuse("per_example_loss", describe(per_example_loss), "a function of the batch that returns losses [B]")
-        if engine == "compile":
-            refuse("engine", "'compile'", f"'auto', 'eager' or 'two_pass': {_NO_COMPILE}")
-        check_choice("engine", engine, ("auto", "eager", "two_pass"))
+        check_choice("engine", engine, ("auto", "eager", "compile", "two_pass"))
+        check_choice("compile_backend", compile_backend, BACKENDS)
         check_int("verify_every", verify_every, low=0)
         self._function = per_example_loss
         self._engine, self._verify_every = engine, verify_every
-        self._plans: dict[Hashable, Plan] = {}
+        self._engines: dict[str, EagerEngine | CompileEngine] = {
+            "eager": EagerEngine(per_example_loss),
+            "compile": CompileEngine(per_example_loss, compile_backend),
+        }
         self._refused_signatures: set[Hashable] = set()
         self._pending: Any = WeakIdKeyDictionary()  # losses -> the forward that they came from, and its signature
-        self._refused = {"compile": _NO_COMPILE}
+        self._refused: dict[str, str] = {}
         self._last: tuple[str, float] | None = None
-        self._losses_made = self._probes = self._verified = 0
+        self._losses_made = self._verified = 0
         self._largest_error = 0.0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward on a batch; B is the leading size of its first tensor.
+
+        With an int32 ``cu_seqlens`` ``[B+1]`` among the keyword arguments, or in a dict, the batch is packed: its
+        examples are segments of tensors ``[tokens, ...]``. Only ``"two_pass"`` serves those.
 
         Returns:
             What ``per_example_loss`` returns: losses ``[B]``, or (losses, scores); scores without gradient.
@@ -98,28 +127,17 @@ class OnePass:
         """
         if not torch.is_grad_enabled():
             return self._function(*args, **kwargs)
-        batch = Batch(args, kwargs)
-        forward: EagerForward | TwoPassForward
+        batch = batch_of(args, kwargs)
         modules = modules_of(self._function)
         signature = batch.signature(modules)
-        if self._engine == "two_pass" or signature in self._refused_signatures:
-            forward = TwoPassForward(self._function, batch, modules)
-            result = forward.run()
-        else:
-            try:
-                forward = EagerForward(self._plan(signature, batch))
-            except (OnePassError, NotImplementedError) as error:
-                self._refuse_eager(signature, error)
-                forward = TwoPassForward(self._function, batch, modules)
-            result = forward.run(self._function, batch) if isinstance(forward, EagerForward) else forward.run()
-            if isinstance(forward, EagerForward):
-                self._check_plan(forward, signature, batch, losses_of(result)[0])
+        forward, result = self._forward(batch, signature, modules)
         losses, scores = losses_of(result)
         if losses.shape != (batch.size,):
             refuse(
                 "per_example_loss",
                 f"losses of shape {tuple(losses.shape)}",
-                f"losses [B={batch.size}], one a row of the batch's first tensor (packed batches are not served)",
+                f"losses [B={batch.size}], one a row of the batch's first tensor (of a packed batch: one a segment, its"
+                " cu_seqlens being passed under that name)",
             )
         self._pending[losses] = (forward, signature)
         if scores is None:
@@ -147,23 +165,22 @@ class OnePass:
         found = self._pending.get(losses) if isinstance(losses, Tensor) else None
         if found is None:
             refuse("losses", describe(losses), "the losses that this step returned, not a copy or a function of them")
-        forward: EagerForward | TwoPassForward = found[0]
+        forward: Forward | TwoPassForward = found[0]
         weights = _check_choice_of_rows(losses, index, weights, denominator)
         self._losses_made += 1
         if isinstance(forward, TwoPassForward):
             self._note("two_pass", losses, index)
             return forward.loss(losses, index, weights)
-        if forward.plan is None or max(len(index), 2) >= len(losses):
+        if not forward.cuts or max(len(index), 2) >= len(losses):
             self._note("whole", losses, index)
-            return forward.whole_loss(losses, index, weights)
-        loss = forward.loss(losses, index, weights)
+            return whole_loss(losses, index, weights)
+        loss = chosen_loss(losses, index, weights, forward)
         due = self._verify_every > 0 and self._losses_made % self._verify_every == 0
-        if (due or not forward.plan.verified) and not self._verify(
-            forward, found[1], losses, index, weights, loss, due
-        ):
+        wanted = due or not forward.is_verified(len(index))
+        if wanted and not self._verify(forward, found[1], losses, index, weights, loss, due):
             self._note("whole", losses, index)
-            return forward.whole_loss(losses, index, weights)
-        self._note("eager", losses, index)
+            return whole_loss(losses, index, weights)
+        self._note(forward.name, losses, index)
         return loss
 
     def backward(self, losses: Tensor, index: Tensor, weights: Tensor | None = None) -> None:
@@ -174,46 +191,34 @@ class OnePass:
         """The engine of the last step, why others were refused, its estimated cost, and what was verified."""
         engine, ratio = self._last if self._last is not None else (None, None)
         cost = None if engine is None or ratio is None else estimated_cost(engine, ratio)
-        return OnePassReport(
-            engine, dict(self._refused), ratio, cost, self._probes, self._verified, self._largest_error
-        )
+        probes = sum(engine.probes for engine in self._engines.values())
+        return OnePassReport(engine, dict(self._refused), ratio, cost, probes, self._verified, self._largest_error)
 
-    # ------------------------------------------------------------------------------------------------- the eager engine
+    # ----------------------------------------------------------------------------------------------------------- inside
 
-    def _plan(self, signature: Hashable, batch: Batch) -> Plan | None:
-        """What is known of a signature, from a probe if need be; None: there is nothing to choose from."""
-        if batch.size < 3:  # a cut takes two rows or more, and fewer than there are
-            return None
-        known = self._plans.get(signature)
-        if known is not None and known.lasting:
-            return known
-        _refuse_compiled(self._function)
-        self._probes += 1
-        plan = self._plans[signature] = probe(self._function, batch, modules_of(self._function))
-        return plan
-
-    def _check_plan(self, forward: EagerForward, signature: Hashable, batch: Batch, losses: Tensor) -> None:
-        """Whether a forward that has been run is the one that was probed; if not, learn it anew."""
-        if forward.plan is None:
-            return
-        try:
-            if not forward.fits_plan():  # a mode that the signature does not show has changed
-                self._plans.pop(signature, None)
-                forward.plan = self._plan(signature, batch)
-                if not forward.fits_plan():
-                    raise OnePassError("the forward saves other tensors for the batch than for a few of its rows")
-            if forward.plan is not None and not forward.plan.verified:
-                for node in graph_nodes(losses):
-                    if "CompiledFunction" in node.name():
-                        raise OnePassError(f"{node.name()}: {_COMPILED}")
-        except (OnePassError, NotImplementedError) as error:
-            forward.plan = None
-            self._plans.pop(signature, None)
-            self._refuse_eager(signature, error)
+    def _forward(
+        self, batch: Batch, signature: Hashable, modules: list[nn.Module]
+    ) -> tuple[Forward | TwoPassForward, Any]:
+        """The whole batch's forward by the engine that serves it."""
+        name = self._engine
+        if name == "auto":
+            name = "eager" if what_is_compiled(self._function) is None else "compile"
+        if name != "two_pass" and signature not in self._refused_signatures:
+            try:
+                if isinstance(batch, PackedBatch):
+                    raise OnePassError(
+                        f"a packed batch ({CU_SEQLENS}) has no dimension of its own for examples: the {name} engine"
+                        " cannot cut segments out of what was saved; engine='two_pass' trains on the chosen segments"
+                    )
+                return self._engines[name].forward(batch, signature, lambda error: self._refuse(name, signature, error))
+            except (OnePassError, NotImplementedError) as error:
+                self._refuse(name, signature, error)
+        forward = TwoPassForward(self._function, batch, modules)
+        return forward, forward.run()
 
     def _verify(
         self,
-        forward: EagerForward,
+        forward: Forward,
         signature: Hashable,
         losses: Tensor,
         index: Tensor,
@@ -222,45 +227,35 @@ class OnePass:
         due: bool,
     ) -> bool:
         """Compare with the masked backward. False: the first gradient differs, and ``"auto"`` goes on without."""
-        assert forward.plan is not None
-        whole = forward.whole_loss(losses, index, weights)
-        dtypes = {dtype for _, dtype in forward.shapes} | {losses.dtype}
+        whole = whole_loss(losses, index, weights)
         try:
-            error = gradient_error(loss, whole, modules_of(self._function), dtypes)
+            with forward.being_compared():
+                error = gradient_error(loss, whole, modules_of(self._function), forward.dtypes | {losses.dtype})
         except (OnePassError, NotImplementedError) as reason:
-            if due and forward.plan.verified:
+            if due and forward.is_verified(len(index)):
                 raise
-            forward.plan = None
-            self._plans.pop(signature, None)
-            self._refuse_eager(signature, reason)
+            forward.stop_cutting()
+            self._engines[forward.name].forget(signature)
+            self._refuse(forward.name, signature, reason)
             return False
         if error is not None:
             self._verified += 1
             self._largest_error = max(self._largest_error, error)
-            # Without weight or loss there is nothing to see: look again at the next gradient.
-            forward.plan.verified = len(index) > 0
+            forward.note_verified(len(index))
         return True
 
-    def _refuse_eager(self, signature: Hashable, reason: Exception) -> None:
+    def _refuse(self, engine: str, signature: Hashable, reason: Exception) -> None:
         """Raise, or note the reason and warn, as ``engine`` says."""
-        if self._engine == "eager":
+        if self._engine == engine:
             raise reason if isinstance(reason, OnePassError) else OnePassError(str(reason))
         self._refused_signatures.add(signature)
-        self._refused["eager"] = str(reason)
-        warnings.warn(f"OnePass teaches in two passes, for the eager engine cannot serve this: {reason}", stacklevel=3)
+        self._refused[engine] = str(reason)
+        warnings.warn(
+            f"OnePass teaches in two passes, for the {engine} engine cannot serve this: {reason}", stacklevel=4
+        )
 
     def _note(self, engine: str, losses: Tensor, index: Tensor) -> None:
         self._last = engine, len(index) / max(len(losses), 1)
-
-
-def _refuse_compiled(function: object) -> None:
-    """Refuse what is seen to be compiled; the rest shows in the graph of the first forward."""
-    for root in modules_of(function):
-        for module in root.modules():
-            if module._compiled_call_impl is not None or isinstance(module, torch._dynamo.OptimizedModule):
-                raise OnePassError(f"{type(module).__name__}: {_COMPILED}")
-    if hasattr(function, "_torchdynamo_orig_callable"):
-        raise OnePassError(f"per_example_loss: {_COMPILED}")
 
 
 def _check_choice_of_rows(

@@ -16,6 +16,8 @@ from .probe import losses_of
 class TwoPassForward:
     """A batch that waits for its choice."""
 
+    name = "two_pass"
+
     def __init__(self, function: Callable[..., Any], batch: Batch, modules: list[nn.Module]) -> None:
         self._function, self._batch, self._modules = function, batch, modules
         kind = batch.device.type

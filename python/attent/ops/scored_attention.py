@@ -23,6 +23,8 @@ from .._checks import (
 from ..philox import seed_tensor
 from ..selection import Selection
 from . import torch_scored_attention as torch_scored_attention  # registers the torch backend
+from . import triton_attention_backward as triton_attention_backward  # registers the Triton backend's gradients
+from . import triton_scored_attention as triton_scored_attention  # registers the Triton backend
 from .scored_attention_op import Problem, Scoring, run
 from .select_top_k import _check_seed
 
@@ -251,14 +253,25 @@ def _check_attention(
         takes = f"{dtype} [total_k, Hkv, D={width}] like query"
         check_tensor("key", key, takes, shape=(None, None, width), dtypes=dtypes, device=device)
         total_k, kv_heads = key.shape[:2]
-        takes = f"{dtype} [total_k={total_k}, Hkv={kv_heads}, Dv] like key"
-        check_tensor("value", value, takes, shape=(total_k, kv_heads, None), dtypes=dtypes, device=device)
+
+        def like_key() -> str:
+            return f"{dtype} [total_k={total_k}, Hkv={kv_heads}, Dv] like key"
+
+        check_tensor("value", value, like_key, shape=(total_k, kv_heads, None), dtypes=dtypes, device=device)
     else:
-        takes = f"{dtype} [B={query.shape[0]}, Hkv, Tk, D={width}] like query"
-        check_tensor("key", key, takes, shape=(query.shape[0], None, None, width), dtypes=dtypes, device=device)
+        batch = query.shape[0]
+
+        def like_query() -> str:
+            return f"{dtype} [B={batch}, Hkv, Tk, D={width}] like query"
+
+        def like_padded_key() -> str:
+            return f"{dtype} [B={batch}, Hkv={kv_heads}, Tk={keys}, Dv] like key"
+
+        check_tensor("key", key, like_query, shape=(batch, None, None, width), dtypes=dtypes, device=device)
         _, kv_heads, keys, _ = key.shape
-        takes = f"{dtype} [B={query.shape[0]}, Hkv={kv_heads}, Tk={keys}, Dv] like key"
-        check_tensor("value", value, takes, shape=(query.shape[0], kv_heads, keys, None), dtypes=dtypes, device=device)
+        check_tensor(
+            "value", value, like_padded_key, shape=(query.shape[0], kv_heads, keys, None), dtypes=dtypes, device=device
+        )
     if value.shape[-1] < 1:
         refuse("value", describe(value), "Dv >= 1")
     if not isinstance(enable_gqa, bool):
@@ -298,10 +311,13 @@ def check_lengths(name: str, lengths: Tensor | None, batch: int, most: int, devi
     """Refuse lengths that are not [B] integers in [0, most]."""
     if lengths is None:
         return
-    takes = f"int32 or int64 [B={batch}], each in [0, {most}]"
+
+    def takes() -> str:
+        return f"int32 or int64 [B={batch}], each in [0, {most}]"
+
     check_tensor(name, lengths, takes, shape=(batch,), dtypes=INTEGER, device=device)
     if values_readable(lengths) and bool(((lengths < 0) | (lengths > most)).any()):
-        refuse(name, f"values from {int(lengths.min())} to {int(lengths.max())}", takes)
+        refuse(name, f"values from {int(lengths.min())} to {int(lengths.max())}", takes())
 
 
 def _check_window(window: object) -> tuple[int, int]:
@@ -337,8 +353,11 @@ def _check_readout(
         takes = f"None or a floating-point tensor [C={classes}]"
         check_tensor("readout.bias", bias, takes, shape=(classes,), dtypes=FLOATING, device=device)
     check_choice("readout.pool", pool, POOLS)
-    takes = f"int32 or int64 labels [B={batch}] in [0, C={classes})"
-    check_tensor("readout.target", labels, takes, shape=(batch,), dtypes=INTEGER, device=device)
+
+    def of_labels() -> str:
+        return f"int32 or int64 labels [B={batch}] in [0, C={classes})"
+
+    check_tensor("readout.target", labels, of_labels, shape=(batch,), dtypes=INTEGER, device=device)
     if values_readable(labels) and batch > 0:
         low, high = torch.aminmax(labels)
         if int(low) >= 0 and int(high) < classes:
@@ -349,5 +368,5 @@ def _check_readout(
         if cu_seqlens_q is not None:
             outside &= cu_seqlens_q.diff() > 0
         if bool(outside.any()):
-            refuse("readout.target", f"a label of {int(labels[outside][0])}", takes)
+            refuse("readout.target", f"a label of {int(labels[outside][0])}", of_labels())
     return weight, labels, bias, pool

@@ -127,13 +127,13 @@ torch.library.define(
 
 
 def _compute(problem: Problem, scoring: Scoring) -> Results:
-    chosen = dispatch.choose("scored_attention", problem.backend, problem.query.device)
+    chosen = dispatch.choose("scored_attention", problem.backend, problem.query.device, problem)
     results: Results = dispatch.implementation("scored_attention", chosen)(problem, scoring)
     return results
 
 
 def _compute_backward(problem: Problem, saved: Saved, gradients: Gradients, wanted: list[bool]) -> FiveTensors:
-    chosen = dispatch.choose("scored_attention_backward", problem.backend, problem.query.device)
+    chosen = dispatch.choose("scored_attention_backward", problem.backend, problem.query.device, problem)
     backward = dispatch.implementation("scored_attention_backward", chosen)
     five: FiveTensors = backward(problem, saved, gradients, wanted)
     return five

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import dispatch
 from .attention_batch import Batch, as_batch
+from .readout_gradients import readout_gradients
 from .scored_attention_op import FiveTensors, Gradients, Problem, Results, Saved, Scoring
 from .torch_attention import as_dtype, attention_backward, attention_forward, on_cpu, working_dtype
 
@@ -67,24 +68,12 @@ def scored_attention_forward(problem: Problem, scoring: Scoring) -> Results:
 @dispatch.register("scored_attention_backward", "torch")
 def scored_attention_backward(problem: Problem, saved: Saved, grads: Gradients, wanted: list[bool]) -> FiveTensors:
     """Gradients in query, key, value, readout weight and bias: back through the losses, the readout, then attention."""
-    batch = as_batch(problem)
-    acc = batch.counts.dtype
-    weight, bias = problem.query.new_empty(0), problem.query.new_empty(0)
-    grad_pooled = grads.pooled
-    if problem.readout_weight is not None and (grads.losses is not None or grads.logits is not None):
-        grad_logits = _grad_logits(saved, grads)  # [B, C]
-        if wanted[3]:
-            weight = as_dtype(grad_logits.mT @ as_dtype(saved.pooled, acc), problem.readout_weight.dtype)
-        if wanted[4]:
-            assert problem.readout_bias is not None
-            bias = as_dtype(grad_logits.sum(0), problem.readout_bias.dtype)
-        if any(wanted[:3]):
-            through = grad_logits @ as_dtype(problem.readout_weight, acc)
-            grad_pooled = through if grad_pooled is None else through + grad_pooled
+    weight, bias, grad_pooled = readout_gradients(problem, saved, grads, wanted)
     if not any(wanted[:3]):  # frozen features: only the readout learns
         query, key, value = (problem.query.new_empty(0) for _ in range(3))
         return query, key, value, weight, bias
 
+    batch = as_batch(problem)
     output = batch.to_rows(saved.output)
     parts = []  # of the gradient in output [B, H, R, Dv]
     if grads.output is not None:
@@ -140,13 +129,3 @@ def _cross_entropy(logits: Tensor, labels: Tensor, valid: Tensor | None, *, boun
     if valid is not None:
         losses, gradient = losses.where(valid, 0), gradient.where(valid[:, None], 0)
     return losses, gradient
-
-
-def _grad_logits(saved: Saved, grads: Gradients) -> Tensor:
-    """What comes back to the logits [B, C], from the losses and from themselves, in the working dtype."""
-    through = grads.logits
-    if grads.losses is not None:
-        from_losses = saved.logit_gradient * grads.losses[:, None]
-        return from_losses if through is None else from_losses + through
-    assert through is not None
-    return as_dtype(through, saved.logit_gradient.dtype)

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..selection import Selection
@@ -48,7 +48,8 @@ def _launch(
     call: Call, reduction: str | None, choose: tuple[int, int, float, Tensor | None] | None = None
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]:
     # Only here: Triton need not be installed.
-    from attent_kernels.linear_cross_entropy.autotune import fastest
+    from attent_kernels import autotune
+    from attent_kernels.linear_cross_entropy import configurations
     from attent_kernels.linear_cross_entropy.launch_scorer import Choose, score_tokens
 
     arguments: dict[str, Any] = {
@@ -68,7 +69,13 @@ def _launch(
         "per_example": call.per_example,
         "choose": None if choose is None else Choose(*choose),
     }
-    if os.environ.get("ATTENT_AUTOTUNE") == "1":
-        arguments["tiles"] = fastest(arguments)
+    if autotune.ENABLED and call.input.dtype != torch.float32 and call.input.numel() > 0:
+        arguments["tiles"] = autotune.pick(
+            "score_tokens",
+            configurations.kind_of(arguments),
+            configurations.configuration(call.input.dtype, 1 << 20, 1 << 20),
+            lambda: configurations.CANDIDATES,
+            lambda tiles: score_tokens(**(arguments | {"tiles": tiles})),
+        )
     loss, scores, counts, chosen = score_tokens(**arguments)
     return loss, scores, counts, chosen

@@ -1,7 +1,7 @@
-"""Arithmetic that kernels share: mostly functions that keep their digits where the textbook forms cancel.
+"""Arithmetic that kernels share: products in float32, and functions that keep their digits where textbook forms cancel.
 
-Triton's ``exp`` is the GPU's ``ex2.approx`` (2 units) after one multiplication, so off by |x| + 2 units; its ``log`` is
-the CUDA library's (1 unit). A unit is 2⁻²⁴.
+On a GPU ``tl.exp2`` is one instruction, ex2.approx, off by 2 units of 2⁻²⁴, and ``tl.exp`` that after one
+multiplication, off by |x| + 2 units; ``tl.log`` and ``tl.log2`` are the CUDA library's (1 unit).
 """
 
 from __future__ import annotations
@@ -9,14 +9,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..runtime import INTERPRETED
+from . import runtime
 
-_INTERPRETED = tl.constexpr(INTERPRETED)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+_INTERPRETED = tl.constexpr(runtime.INTERPRETED)
 
 
 @triton.jit
-def add_product(a, b, total):
-    """total + a b, of float32 in float32. (The interpreter's ``tl.dot`` takes bfloat16 for the integers it keeps.)"""
+def add_product(a, b, total=None):
+    """total + a b, added up in float32; operands in float32 are not rounded to TF32.
+
+    Triton's interpreter holds a bfloat16 as its 16 bits, and up to 3.7 multiplies those: it gets them as float32.
+    """
     if _INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -48,7 +53,7 @@ def capped(z, softcap):
     below, the series' next term is 9e-3 (1/4)¹⁰ < 1e-8 of it. d = 4e/(1 + e)² cancels nowhere.
     """
     x = z * (1.0 / softcap)
-    e = tl.exp2(tl.abs(x) * (-2.0 * 1.4426950408889634))
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
     half = 1.0 / (1.0 + e)  # one division, the costliest operation here, for both
     far = (1.0 - e) * half
     small = tl.where(tl.abs(x) < 0.25, x, 0.0)

@@ -1,0 +1,281 @@
+"""Contenders on one workload: who can run, who is right, then how fast, interleaved, and how far from the bound.
+
+A workload is made once and given to every contender. First each runs once and is compared with the truth; then those
+that are right are timed in turn, round by round. A contender that fails never hides another: its entry says how. Of the
+others' results, one outside the error budget is timed and marked; of attent's it is not timed.
+
+The budget of a result: twice the error of plain PyTorch in the problem's dtype, one rounding to that dtype and √K
+roundings of float32 for sums of K terms, both of the largest value. Errors are maxima over the tensor, from the truth:
+the same inputs in float32, or in float64 where they are float32.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .devices import Device
+from .timing import Timing, interleave, ratio
+
+Results = Mapping[str, Tensor]
+Call = Callable[[], Results]
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    make: Callable[[Any], Call]  # of a problem
+    available: Callable[[Any], str | None]  # the reason why it cannot run this problem here; None: it can
+
+    @property
+    def ours(self) -> bool:
+        return self.name.startswith("attent")
+
+
+class Contenders:
+    """All who may run one kind of workload, in the order of the table."""
+
+    def __init__(self) -> None:
+        self.all: list[Contender] = []
+
+    def add(
+        self, name: str, *available: Callable[[Any], str | None]
+    ) -> Callable[[Callable[[Any], Call]], Callable[[Any], Call]]:
+        """Decorator: this function makes contender ``name`` of a problem; the first reason of ``available`` holds."""
+
+        def note(make: Callable[[Any], Call]) -> Callable[[Any], Call]:
+            def first_reason(problem: Any) -> str | None:
+                return next((reason for check in available if (reason := check(problem)) is not None), None)
+
+            self.all.append(Contender(name, make, first_reason))
+            return make
+
+        return note
+
+
+def installed(module: str, distribution: str = "") -> Callable[[Any], str | None]:
+    """A check: the module can be imported."""
+
+    def check(problem: Any) -> str | None:
+        return None if importlib.util.find_spec(module) else f"{distribution or module} is not installed"
+
+    return check
+
+
+def on_gpu(problem: Any) -> str | None:
+    """A check: the problem lies on a GPU."""
+    return None if problem.device.type == "cuda" else "it runs on a GPU only"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One row of a table: a problem, its truth and what it costs at least."""
+
+    key: str
+    shape: dict[str, Any]
+    problem: Callable[[torch.device], Any]  # has .device and .dtype
+    truth: Callable[[Any], Results]
+    peer: Callable[[Any], Results]  # plain PyTorch in the problem's own dtype
+    contenders: Contenders
+    baseline: str  # whom ratios are to
+    flops: float
+    bytes: float  # that must be read and written at least
+    terms: int  # of the longest sum: K of the error budget
+    summary: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: {}  # further ratios, of the finished row
+
+
+class Progress:
+    """What a watching process knows of a row: the contender that runs for the first time, and who broke it before."""
+
+    def __init__(self, broken: Mapping[str, str] | None = None) -> None:
+        self.broken = broken or {}
+
+    def enter(self, contender: str | None) -> None:
+        """``contender`` runs now, alone; None: none does."""
+
+
+def measure(
+    workload: Workload,
+    device: Device,
+    ceilings: dict[str, Any],
+    rounds: int,
+    names: tuple[str, ...] = (),
+    warmup: int = 2,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The row: every contender's time, error and memory, or why there is none; of those in ``names``, if any."""
+    progress = progress or Progress()
+    problem = workload.problem(device.torch)
+    # Computed anew for each contender they would cost more time than the contenders; kept they take little memory.
+    truth = {name: value.detach() for name, value in workload.truth(problem).items()}
+    allowed = budgets(truth, workload.peer(problem), problem.dtype, workload.terms)
+    entries: dict[str, dict[str, Any]] = {}
+    calls: dict[str, Callable[[], object]] = {}
+    for contender in workload.contenders.all:
+        if names and contender.name not in names:
+            continue
+        entry = entries[contender.name] = {}
+        if contender.name in progress.broken:
+            entry["failed"] = progress.broken[contender.name]
+            continue
+        progress.enter(contender.name)
+        call = _admit(contender, problem, truth, allowed, entry, device)
+        if call is not None:
+            calls[contender.name] = call
+        _clean(device)
+    progress.enter(None)
+    timings = interleave(calls, rounds, warmup, timed=device.timed)
+    bound = max(
+        workload.flops / ceilings["matrix product, FLOPs a second"], workload.bytes / ceilings["copy, bytes a second"]
+    )
+    for name, timed in timings.items():
+        entries[name] |= _figures(timed, workload, bound, timings.get(workload.baseline))
+    row = {
+        "shape": workload.shape,
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "flops": workload.flops,
+        "bytes": workload.bytes,
+        "bound seconds": bound,
+        "ceilings": ceilings,
+        "clock": device.policy,
+        "rounds": rounds,
+        "baseline": workload.baseline,
+        "contenders": entries,
+    }
+    summary = workload.summary(row)
+    return row | {"ratios": summary} if summary else row
+
+
+def budgets(truth: Results, peer: Results, dtype: torch.dtype, terms: int) -> dict[str, float]:
+    """The error that is allowed of each result. Results that are not floating (indices) have none."""
+    roundoff = torch.finfo(dtype).eps / 2 + terms**0.5 * torch.finfo(torch.float32).eps / 2
+    return {
+        name: 2 * difference(peer[name], value) + roundoff * (float(value.abs().max()) if value.numel() else 0.0)
+        for name, value in truth.items()
+        if value.is_floating_point()
+    }
+
+
+def difference(value: Tensor, truth: Tensor) -> float:
+    """The largest absolute difference; infinite where one is NaN, or in shape."""
+    if value.shape != truth.shape:
+        return float("inf")
+    largest = float((value.to(truth.dtype) - truth).abs().max()) if value.numel() else 0.0
+    return float("inf") if largest != largest else largest
+
+
+def _admit(
+    contender: Contender, problem: Any, truth: Results, allowed: dict[str, float], entry: dict[str, Any], device: Device
+) -> Call | None:
+    """Run a contender once; its call if it is to be timed, else None with the reason in ``entry``."""
+    reason = contender.available(problem)
+    if reason is not None:
+        entry["unavailable"] = reason
+        return None
+    try:
+        call = contender.make(problem)
+        results = call()
+        wrong = _wrong(results, truth, allowed, entry)
+        del results
+        memory = device.peak_extra_mib(call)
+    except Exception as error:  # whatever a library may raise
+        said = f"{type(error).__name__}: {error}".split("\n")[0][:300]
+        if said.startswith("ValueError: backend: "):  # attent's own refusal is no failure: it names the reason
+            entry["unavailable"] = said.split(" cannot: ")[-1]
+        else:
+            entry["failed"] = said
+            device.must_be_well()
+        return None
+    if memory is not None:
+        entry["peak extra MiB"] = memory
+    if wrong:
+        entry["outside budget"] = wrong
+        if contender.ours:
+            return None
+    return call
+
+
+def _wrong(results: Results, truth: Results, allowed: dict[str, float], entry: dict[str, Any]) -> list[str]:
+    """The results that are not as near to the truth as they must be; notes the errors."""
+    entry["error / budget"] = {}
+    wrong = []
+    for name, value in results.items():
+        if name not in truth:
+            continue
+        if name not in allowed:
+            if not torch.equal(value, truth[name]):
+                wrong.append(name)
+            continue
+        error = difference(value.detach(), truth[name])
+        entry["error / budget"][name] = error / allowed[name] if allowed[name] else error
+        if not error <= allowed[name]:
+            wrong.append(name)
+    return wrong
+
+
+def _figures(timed: Timing, workload: Workload, bound: float, baseline: Timing | None) -> dict[str, Any]:
+    seconds = statistics.median(timed.wall)
+    quartiles = statistics.quantiles(timed.wall, n=4, method="inclusive") if len(timed.wall) > 1 else [seconds] * 3
+    figures: dict[str, Any] = {
+        "seconds": {"median": seconds, "low": quartiles[0], "high": quartiles[2], "min": min(timed.wall)},
+        "TFLOP/s": workload.flops / seconds / 1e12,
+        "GB/s": workload.bytes / seconds / 1e9,
+        "share of the bound": bound / seconds,
+    }
+    if baseline is not None and baseline is not timed:
+        figures["ratio to the baseline"] = ratio(timed, baseline)
+    return figures
+
+
+def _clean(device: Device) -> None:
+    """Give back what the last contender used, before the next one's memory is counted."""
+    if device.kind == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+# -------------------------------------------------------------------------------------------------------------- reports
+
+
+def table(key: str, row: dict[str, Any]) -> str:
+    """A row as text: one line per contender, fastest first, those without a time last."""
+    lines = [f"{key}  (bound {row['bound seconds'] * 1e3:.3f} ms; ratios to {row['baseline']})"]
+    lines.append(
+        f"  {'contender':44} {'ms':>10} {'±':>8} {'TFLOP/s':>8} {'GB/s':>8} {'of bound':>8} {'ratio':>7} {'MiB':>9}"
+    )
+    entries = row["contenders"].items()
+    for name, entry in sorted(entries, key=lambda item: item[1].get("seconds", {}).get("median", float("inf"))):
+        if "seconds" not in entry:
+            lines.append(f"  {name:44} {reason(entry)}")
+            continue
+        seconds, to = entry["seconds"], entry.get("ratio to the baseline")
+        spread = (seconds["high"] - seconds["low"]) / 2
+        memory = entry.get("peak extra MiB")
+        lines.append(
+            f"  {name:44} {seconds['median'] * 1e3:10.3f} {spread * 1e3:8.3f} {entry['TFLOP/s']:8.2f}"
+            f" {entry['GB/s']:8.1f} {entry['share of the bound']:8.1%} {to['median'] if to else 1:7.2f}"
+            f" {'' if memory is None else format(memory, '.0f'):>9}{_mark(entry)}"
+        )
+    for of, figures in row.get("ratios", {}).items():
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in figures.items() if isinstance(value, float))
+        lines.append(f"  over {of} ({figures['which']}): {shown}")
+    return "\n".join(lines)
+
+
+def reason(entry: dict[str, Any]) -> str:
+    """Why a contender has no time."""
+    for kind in ("unavailable", "failed"):
+        if kind in entry:
+            return f"{kind}: {entry[kind]}"
+    return f"not timed: outside the error budget in {', '.join(entry['outside budget'])}"
+
+
+def _mark(entry: dict[str, Any]) -> str:
+    return f"  outside the error budget: {', '.join(entry['outside budget'])}" if "outside budget" in entry else ""
