@@ -65,6 +65,7 @@ def test_every_op_with_a_triton_backend_has_cases_and_a_decisive_one() -> None:
 
 # --------------------------------------------------------------------------------------------------------- compilations
 
+
 def compilations() -> Iterator[Any]:
     """Every decisive case for every architecture."""
     for case in cases():

@@ -330,7 +330,7 @@ def test_how_tiles_are_swept_changes_no_bit() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0][:3], other[:3], strict=True))
 
 
-def test_the_launch_takes_what_needs_no_gradient() -> None:
+def test_the_launch_takes_forwards_that_compute_no_gradient() -> None:
     hidden, weight, target = torch.randn(4, 3, 6), torch.randn(9, 6), torch.randint(9, (4, 3))
 
     def call(**options: Any) -> Call:
@@ -347,8 +347,20 @@ def test_the_launch_takes_what_needs_no_gradient() -> None:
     assert triton_scorer.takes(call(score=["head"], input=hidden[0]))
     assert not triton_scorer.takes(call(score=["head"], input=hidden[0], cu_seqlens=torch.tensor([0, 3])))
     assert not triton_scorer.takes(call(input_gradient=True))
-    assert not triton_scorer.takes(call(weight_gradient=True, reduction="none"))
+    assert triton_scorer.takes(call(weight_gradient=True, reduction="none"))  # its backward computes the logits again
     assert not triton_scorer.takes(call(group="some"))
+
+
+@pytest.mark.parametrize("reduction", ["none", "example"])
+def test_gradients_of_a_loss_that_the_launch_computed(reduction: str) -> None:
+    hidden, weight, target = torch.randn(3, 4, 6), torch.randn(9, 6), torch.randint(9, (3, 4))
+    gradients = []
+    for backend in ("triton", "torch"):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        loss, _ = attent.linear_cross_entropy(*leaves, target, reduction=reduction, score="logit", backend=backend)
+        gradients.append(torch.autograd.grad(loss.square().sum(), leaves))
+    for mine, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
 def test_it_compiles_to_one_graph() -> None:

@@ -1,6 +1,7 @@
-"""Linear cross-entropy without gradients in one Triton launch: losses, the scores it can give, and the choice by one.
+"""A forward of linear cross-entropy that computes no gradients, in one Triton launch.
 
-``ATTENT_AUTOTUNE=1`` measures each kind of call's tile sizes once and prints them. Not yet run on a GPU.
+It gives losses, the scores that need no second product, and the choice by one of them. ``ATTENT_AUTOTUNE=1`` measures
+each kind of call's tile sizes once and prints them. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ from .select_top_k import floor_count
 
 
 def takes(call: Call) -> bool:
-    """Whether the launch can do it: no gradient is wanted, no vocabulary shards, no score that needs more."""
-    if call.group is not None or call.input_gradient or call.weight_gradient or call.bias_gradient:
+    """Whether the launch can do it: no gradient computed along, no vocabulary shards, no score that needs more.
+
+    Where the backward computes the logits again (an unreduced loss, float16), the forward has no gradient to compute.
+    """
+    wants_gradient = call.input_gradient or call.weight_gradient or call.bias_gradient
+    if call.group is not None or (wants_gradient and call.gradients_in_forward):
         return False
     single = call.cu_seqlens is None and call.input.shape[1:-1].numel() == 1
     given = {"loss", "logit", "head"} if single else {"loss", "logit"}
