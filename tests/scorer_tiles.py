@@ -1,4 +1,4 @@
-"""The scorer in tiles so small that a few tokens and classes take several, and what it launches, counted."""
+"""The scorer in tiles so small that a few tokens and classes take several, and its products counted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 import triton
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+from triton.runtime.interpreter import InterpreterBuilder
 
 from attent_kernels.linear_cross_entropy import launch_scorer
 from attent_kernels.linear_cross_entropy.configurations import Configuration, Cut
@@ -35,23 +35,13 @@ def small_tiles(
 
 
 @contextmanager
-def counted(owner: type, method: str) -> Iterator[list[int]]:
-    """How often a method is called, the one number in the list that is yielded."""
-    usual, calls = getattr(owner, method), [0]
+def products() -> Iterator[list[int]]:
+    """How many products of tiles are computed in this context: the one number in the list."""
+    usual, calls = InterpreterBuilder.create_dot, [0]
 
     def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
         calls[0] += 1
         return usual(self, *arguments, **keywords)
 
-    with mock.patch.object(owner, method, call):
+    with mock.patch.object(InterpreterBuilder, "create_dot", call):
         yield calls
-
-
-def launches() -> Any:
-    """Counts kernel launches."""
-    return counted(GridExecutor, "__call__")
-
-
-def products() -> Any:
-    """Counts products of tiles."""
-    return counted(InterpreterBuilder, "create_dot")

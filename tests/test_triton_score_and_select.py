@@ -15,8 +15,9 @@ import attent
 from attent.ops.dispatch import implementation
 from attent_kernels import runtime, selection
 
+from .launches import counted_launches
 from .linear_cross_entropy_problems import Problem, problems
-from .scorer_tiles import launches, small_tiles
+from .scorer_tiles import small_tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow|All-NaN slice):RuntimeWarning")
 
@@ -26,9 +27,9 @@ DRAWN: dict[str, Any] = {"temperature": 0.7, "floor": 0.4, "seed": 5}
 
 def assert_is_the_choice(problem: Problem, k: int, score: str, how: dict[str, Any], launched_before: int = 1) -> None:
     """The lesson equals PyTorch's choice by the scores that the same kernel gives, and that in so many launches."""
-    with launches() as launched:
+    with counted_launches() as launched:
         lesson = attent.score_and_select(*problem[:3], k, **problem.options, score=score, **how, backend="triton")
-    assert launched[0] == launched_before and runtime.open_tickets() == 0
+    assert launched == ["score_kernel"] * launched_before and runtime.open_tickets() == 0
     _, scores = attent.linear_cross_entropy(*problem[:3], **problem.options, score=score, backend="triton")
     valid = torch.tensor([bool(problem.valid(i).any()) for i in range(len(problem.lengths))], dtype=torch.bool)
     if problem.options.get("example_weight") is not None:
