@@ -41,6 +41,8 @@ def patch_language_once_per_launch() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
+    if not hasattr(interpreter, "_LangPatchScope"):  # Triton 3.5 undoes nothing, and so has nothing to return
+        return
     patch, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
     done: set[tuple[str, ...]] = set()
 

@@ -53,7 +53,7 @@ def test_gradients_equal_training_on_the_chosen_rows_alone(name: str, backend: s
 @pytest.mark.parametrize(
     ("name", "backend"),
     [slow_unless(name == "gpt checkpointed", name, "aot_eager") for name in DROPPING]
-    + [slow_unless(False, name, "inductor") for name in DROPPING],
+    + [slow_unless(False, name, "inductor") for name in DROPPING if name != "vit checkpointed"],
 )
 def test_dropout_is_that_of_the_forward_that_was_run(name: str, backend: str) -> None:
     model, function, batch = DROPPING[name]()
@@ -68,6 +68,13 @@ def test_dropout_is_that_of_the_forward_that_was_run(name: str, backend: str) ->
         assert step.report().engine == "compile"
     again = step(*batch)
     assert not torch.equal(losses, again)  # dropout has drawn anew
+
+
+@pytest.mark.slow
+def test_a_dropout_mask_that_inductor_packs_across_rows_is_refused() -> None:
+    _, function, batch = DROPPING["vit checkpointed"]()
+    with pytest.raises(OnePassError, match=r"\(uint8\) has no batch dimension but depends on the rows"):
+        compiling(function, "inductor")(*batch)
 
 
 def two_linear() -> tuple[nn.Module, Callable[..., Tensor]]:
