@@ -141,7 +141,7 @@ def row_pass(
             # As many threads as elements at least: no element then has two threads, one of which could read it after
             # the other has written the gradient over it.
             num_warps=max(1, min(8, block // 256)),
-            maxnreg=96,  # left alone, the compiler would rather spill with all options than hold fewer rows at a time
+            maxnreg=128,  # left alone, the compiler would rather spill with all options than hold fewer rows at a time
         )
     return result
 
