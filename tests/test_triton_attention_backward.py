@@ -126,7 +126,7 @@ def test_gradients_are_those_of_the_specification(
 
 
 @pytest.mark.slow
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(problem=problems(examples=3, length=50, dtype=torch.float32), cut=CUTS, used=USED)
 def test_gradients_of_more_tiles_are_those_of_the_specification(
     problem: tuple[dict[str, Tensor], dict[str, Any]], cut: tuple[int, int], used: set[str]

@@ -162,7 +162,7 @@ options_of_a_call = {
 
 def few_and_many(test: Any) -> Any:
     """Some examples in the fast tests, many in the slow ones: a row takes the interpreter 10 ms."""
-    many = pytest.param(200, marks=pytest.mark.slow)
+    many = pytest.param(60, marks=pytest.mark.slow)
     return pytest.mark.parametrize("examples", [4, many])(test)
 
 

@@ -60,7 +60,7 @@ def test_losses_and_scores_are_the_specifications(
 
 
 @pytest.mark.slow
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(problem=problems(), dtype=DTYPE, how=HOW, tiles=TILES)
 def test_losses_and_scores_are_the_specifications_whatever_is_drawn(
     problem: Problem, dtype: torch.dtype, how: dict[str, Any], tiles: dict[str, int]
