@@ -383,3 +383,13 @@ def test_it_compiles_to_one_graph() -> None:
     arguments = torch.randn(4, 3, 6), torch.randn(9, 6), torch.randint(9, (4, 3))
     compiled = torch.compile(scores, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(*arguments), scores(*arguments))
+
+
+@pytest.mark.parametrize("classes", [1, 5])
+def test_columns_behind_the_last_class_have_no_share_of_the_smoothing(classes: int) -> None:
+    """Of a tile of 4 columns, looked at 2 at a time, the last 2 are nobody's."""
+    hidden, weight, target = torch.randn(6, 8), torch.randn(classes, 8), torch.zeros(6, dtype=torch.int64)
+    with small_tiles():
+        loss = attent.linear_cross_entropy(hidden, weight, target, label_smoothing=0.3, backend="triton")
+    right = torch.nn.functional.cross_entropy(hidden @ weight.T, target, label_smoothing=0.3)
+    torch.testing.assert_close(loss, right, rtol=1e-5, atol=1e-6)  # float32 sums of numbers of order one

@@ -58,7 +58,8 @@ def keep_columns(
         if UNIFORM:
             mass = ~is_left_out
             has_own = (label >= first) & (label < first + BN)
-            masses = (tl.minimum(BN, classes - first) - has_own.to(tl.int32)).to(tl.float32)
+            inside = tl.maximum(tl.minimum(BN, classes - first), 0)  # columns may all lie behind the last class
+            masses = (inside - has_own.to(tl.int32)).to(tl.float32)
         elif SPREAD:
             of_class = label_smoothing / classes
             if SOFT:
