@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import teacher_state
 from .._checks import check_tensor, refuse
+from .pictures import as_data_uri
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -46,9 +47,11 @@ class TeachingLog:
         step: optimizer steps done before; 0 starts a new log.
         group_names: what classes or sources are called, by number.
         show: text of an example by its id, for the lists of examples; None: their ids only.
+        picture: image of an example by its id, ``[H, W]``, ``[1, H, W]`` or ``[3, H, W]``, uint8 or floats from 0 to 1,
+            for the same lists; shrunk to 64 pixels. None: no images.
 
     Raises:
-        ValueError: the teacher has no epochs.
+        ValueError: the teacher has no epochs; ``picture`` returns something else than an image.
 
     >>> import tempfile
     >>> teacher = attent.Teacher(4, total_epochs=1)
@@ -70,10 +73,11 @@ class TeachingLog:
         step: int = 0,
         group_names: list[str] | None = None,
         show: Callable[[int], str] | None = None,
+        picture: Callable[[int], Tensor] | None = None,
     ) -> None:
         teacher._need_epochs("TeachingLog")
         self._teacher = teacher
-        self._show = show
+        self._show, self._picture = show, picture
         self._path = Path(folder) / FILE
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if step == 0:
@@ -141,12 +145,12 @@ class TeachingLog:
             lessons_drawn=lessons.drawn,
             nonfinite_scores=store.nonfinite,
             coverage=coverage,
-            never_seen=self._examples(store.visits == 0),
-            always_chosen=self._examples(always),
-            suspected=self._examples(suspects),
+            never_seen=self._examples(store.visits == 0, groups),
+            always_chosen=self._examples(always, groups),
+            suspected=self._examples(suspects, groups),
         )
 
-    def _examples(self, which: Tensor) -> dict[str, Any]:
+    def _examples(self, which: Tensor, groups: Tensor | None) -> dict[str, Any]:
         """How many, and the first of them by score (those without one by id)."""
         assert self._teacher._harvest is not None
         ids = which.nonzero().squeeze(1)
@@ -159,7 +163,9 @@ class TeachingLog:
                 {
                     "id": i,
                     "score": float(scores[i]) if bool(scores[i].isfinite()) else None,
+                    "group": int(groups[i]) if groups is not None and groups[i] >= 0 else None,
                     "text": None if self._show is None else self._show(i)[:300],
+                    "picture": None if self._picture is None else as_data_uri(self._picture(i)),
                 }
                 for i in first
             ],
