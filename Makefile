@@ -95,7 +95,8 @@ examples: $(INSTALLED)  ## the scripts of examples/, on less than they take by d
 	runs=$$(mktemp -d); trap 'rm -rf "$$runs"' EXIT; \
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/finetune_classifier.py --texts 12 --epochs 4 --out "$$runs/finetune"; \
 	$(BIN)/python examples/train_language_model.py --rows 200 --epochs 4 --out "$$runs/language"; \
-	$(BIN)/attent report "$$runs/finetune" --compare "$$runs/language"; \
+	$(BIN)/python examples/vit_lightning.py --images 3000 --epochs 5 --out "$$runs/vit"; \
+	$(BIN)/attent report "$$runs/finetune" --compare "$$runs/language" "$$runs/vit" --png; \
 	$(BIN)/python -m torch.distributed.run --nproc_per_node 2 examples/plain_loop_distributed.py --examples 800 \
 	    --state "$$runs/loop.pt" --stop-after 70; \
 	$(BIN)/python -m torch.distributed.run --nproc_per_node 2 examples/plain_loop_distributed.py --examples 800 \
