@@ -15,7 +15,14 @@ if TYPE_CHECKING:
 
 
 def write_state(state: dict[str, Any], path: str | Path) -> None:
-    """Write a state dict, the teacher's or a larger one. A process killed meanwhile leaves the old file, if any."""
+    """Write a state dict, the teacher's or a larger one, to ``path``; killed meanwhile, it leaves the old file, if any.
+
+    >>> import os, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_state(attent.Teacher(4, total_epochs=2).state_dict(), f"{folder}/teacher.pt")
+    ...     os.listdir(folder)
+    ['teacher.pt']
+    """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -29,10 +36,17 @@ def write_state(state: dict[str, Any], path: str | Path) -> None:
 
 
 def read_state(teacher: Teacher, path: str | Path) -> dict[str, Any]:
-    """Load a file of :func:`write_state` into ``teacher``; returns the state.
+    """Load ``path``, a file of :func:`write_state`, into ``teacher``; returns the state.
 
     Raises:
         ValueError: the file is not there, or not a state of this teacher.
+
+    >>> import tempfile
+    >>> teacher = attent.Teacher(4, total_epochs=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_state(teacher.state_dict(), f"{folder}/teacher.pt")
+    ...     sorted(read_state(teacher, f"{folder}/teacher.pt")["position"])
+    ['epoch', 'position']
     """
     if not Path(path).is_file():
         refuse("checkpoint", f"no {path}", "a checkpoint saved while the teacher was in use, which holds its state")

@@ -97,14 +97,22 @@ class TeachingLog:
         )
 
     def metric(self, name: str, value: float, step: int) -> None:
-        """Note a figure of the trainer's: a loss, an accuracy."""
+        """Note a figure of the trainer's, such as a loss: its ``name``, its ``value``, the optimizer ``step`` it is of.
+
+        Values that are not finite are left out.
+        """
         if math.isfinite(value):
             self._write("metric", step, name=name, value=float(value))
 
     def lesson(self, step: int, groups: Tensor | None = None, lengths: Tensor | None = None) -> None:
-        """Note how an epoch went. ``groups``, ``lengths`` int ``[N]``: class and tokens of each example, −1: unknown.
+        """Note how an epoch went, which ended at optimizer ``step``.
+
+        ``groups``, ``lengths`` int ``[N]``: class and tokens of each example, −1: unknown.
 
         In a distributed run, after :meth:`attent.Teacher.state_dict` or another merge; this one is no collective.
+
+        Raises:
+            ValueError: no epoch was begun; ``groups`` or ``lengths`` are not int ``[N]``.
         """
         teacher = self._teacher
         harvest, lessons = teacher._harvest, teacher._lessons
@@ -179,10 +187,19 @@ class TeachingLog:
 
 
 def read_log(run: str | Path) -> list[dict[str, Any]]:
-    """The events of a run, without those that a resumed run trained anew.
+    """The events of a run, a dict each, without those that a resumed run trained anew.
+
+    ``run``: the run's folder, or its ``teaching.jsonl``. Each event has ``event`` (``"run"``, ``"metric"`` or
+    ``"lesson"``), ``step`` and ``seconds``.
 
     Raises:
-        ValueError: there is no log in ``run`` (a folder, or the file itself), or it is another version's.
+        ValueError: there is no log in ``run``, or it is another version's.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     TeachingLog(folder, attent.Teacher(4, total_epochs=2)).metric("loss", 1.5, step=1)
+    ...     [(event["event"], event["step"]) for event in read_log(folder)]
+    [('run', 0), ('metric', 1)]
     """
     path = Path(run) / FILE if Path(run).is_dir() else Path(run)
     if not path.is_file():

@@ -36,6 +36,12 @@ def report(
 
     Raises:
         ValueError: there is no log in a run; ``png`` is asked for where matplotlib is not installed.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     log = attent.report.TeachingLog(folder, attent.Teacher(4, total_epochs=2))
+    ...     report(folder).name
+    'teaching.html'
     """
     events = read_log(run)
     others = [(str(other), read_log(other)) for other in compare]
