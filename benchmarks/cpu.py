@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import attent
+from attent.bench.timing import interleave, ratio
 from attent.demo.learner import VisionTransformer
 
 from .memory import peak_extra_mib
 from .provenance import provenance, save
-from .timing import interleave, ratio
 
 #: The scorer's shape: tokens, width, vocabulary.
 N, D, V = 4096, 512, 32768

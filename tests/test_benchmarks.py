@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from attent.bench.timing import Timing, interleave, ratio
 from benchmarks import cpu, one_pass, table
 from benchmarks.memory import peak_extra_mib
-from benchmarks.timing import Timing, interleave, ratio
 
 
 def test_contenders_run_in_turn_in_alternating_order_and_warmup_is_not_counted() -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``attent demo``, ``attent doctor`` and ``attent report``."""
+"""The command line: ``attent demo``, ``attent bench``, ``attent doctor`` and ``attent report``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
+from .bench.command import add_parser as add_bench
 from .demo.data import SUBSET
 from .demo.settings import WAYS, Settings, usual_epochs
 
@@ -16,7 +17,10 @@ INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, or 2 with a message on stderr if an argument is wrong."""
+    """Run the command line and return its exit code: 0, or 2 with a message on stderr if an argument is wrong.
+
+    1: ``attent bench`` found something of attent's that failed or was wrong.
+    """
     parser = _parser()
     args = parser.parse_args(arguments)
     try:
@@ -26,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             epochs = usual_epochs(args.data) if args.epochs is None else args.epochs
             settings = Settings(args.seeds, args.data, epochs, args.ratio, args.out, args.json, args.threads, args.way)
             demo(settings)
+        elif args.command == "bench":
+            from .bench.command import bench
+
+            return bench(args)
         elif args.command == "report":
             from .report import report
 
@@ -48,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"attent {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
+    add_bench(commands)
     _add_doctor(commands)
     _add_report(commands)
     return parser
@@ -100,10 +109,6 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     report = commands.add_parser(
         "report",
@@ -113,3 +118,7 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     report.add_argument("run", metavar="RUN", help="the run's folder, or its teaching.jsonl")
     report.add_argument("--out", type=Path, metavar="HTML", help="where the page goes (default: RUN/teaching.html)")
     report.add_argument("--compare", nargs="*", default=[], metavar="RUN", help="runs whose metrics are drawn along")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
