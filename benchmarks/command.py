@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from .contenders import Workload, measure, table
-from .devices import Device
+from attent.bench.command import RIVALS
+from attent.bench.contenders import Workload, measure, table
+from attent.bench.devices import Device
+
 from .provenance import RESULTS, gpu_provenance
 
 SCALES = ("gpu", "cpu", "tiny")
 #: Counted rounds of each contender. A GPU's are cheap beside what warms them up.
 ROUNDS = {"gpu": 20, "cpu": 5, "tiny": 2}
-#: Distributions whose versions a result depends on.
-RIVALS = ("liger-kernel", "cut-cross-entropy", "nvidia-cutlass-dsl")
 
 
 def device_for(scale: str) -> Device:

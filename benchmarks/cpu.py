@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +25,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import attent
+from attent.bench.timing import interleave, ratio
 from attent.demo.learner import VisionTransformer
 
 from .memory import peak_extra_mib
 from .provenance import provenance, save
-from .timing import interleave, ratio
 
 #: The scorer's shape: tokens, width, vocabulary.
 N, D, V = 4096, 512, 32768
@@ -255,6 +256,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", choices=list(MEASURED), default=list(MEASURED), help="rows to measure")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds of each contender (default 5)")
     parser.add_argument("--save", action="store_true", help="keep the result under benchmarks/results/cpu/")
+    parser.add_argument("--json", type=Path, help="write the result there")
     asked = parser.parse_args(arguments)
     result: dict[str, Any] = {"provenance": provenance(), "rows": {}}
     for name in asked.rows:
@@ -266,6 +268,8 @@ def main(arguments: list[str] | None = None) -> None:
         for label, figure, target in TARGETS.get(name, []):
             value = figure(result["rows"][name])
             print(f"  {label:<28} {value:8.3f}   target <= {target:g}   {'met' if value <= target else 'MISSED'}")
+    if asked.json:
+        asked.json.write_text(json.dumps(result, indent=1) + "\n")
     if asked.save:
         print(f"\nsaved to {save('cpu', result)}")
 

@@ -14,8 +14,7 @@ from torch import Tensor
 
 import attent
 from attent import reference
-
-from .contenders import Results, budgets, difference
+from attent.bench.contenders import Results, budgets, difference
 
 HEADS, KEY_HEADS = 4, 2
 

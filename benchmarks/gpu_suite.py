@@ -31,10 +31,12 @@ from typing import Any
 
 import torch
 
+from attent.bench.command import RIVALS
+from attent.bench.contenders import Progress, Workload, measure, table
+from attent.bench.devices import Device, DeviceLost
+
 from . import attention, gpu_correct, gpu_stress, linear_cross_entropy, select, steps
-from .command import RIVALS, ROUNDS, slug
-from .contenders import Progress, Workload, measure, table
-from .devices import Device, DeviceLost
+from .command import ROUNDS, slug
 from .provenance import RESULTS, commit, gpu_provenance
 from .suite_file import SuiteFile, merge
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import attent
+from attent.bench.timing import interleave, ratio
 
 from .provenance import provenance, save
-from .timing import interleave, ratio
 
 RATIOS = (0.25, 0.5, 0.75)
 ENGINES = ("eager", "aot_eager", "inductor", "two_pass", "masked")

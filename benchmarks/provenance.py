@@ -1,62 +1,17 @@
-"""Where a result comes from: machine, versions, commit; and the file it is kept in."""
+"""Where a result comes from, as ``attent.bench`` says it, and the file it is kept in."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
-import platform
-import subprocess
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
+from attent.bench.provenance import commit, gpu_provenance, provenance
 
-import attent
-from attent.ops.logits_passes import native
+__all__ = ["RESULTS", "commit", "gpu_provenance", "provenance", "save"]
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def provenance() -> dict[str, Any]:
-    """What a reader needs to judge or repeat a result. No host or user names."""
-    status = _git("status", "--porcelain", "--untracked-files=no")
-    return {
-        "date": date.today().isoformat(),
-        "commit": commit(),
-        "uncommitted_changes": {"": False, "unknown": "unknown"}.get(status, True),
-        "attent": attent.__version__,
-        "native_module": native.unavailable() or "available",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "torch_threads": torch.get_num_threads(),
-    }
-
-
-def gpu_provenance(rivals: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The same with what a result on a GPU depends on, and the versions of ``rivals`` that are installed."""
-    interpreted = " (in its interpreter)" if os.environ.get("TRITON_INTERPRET") == "1" else ""
-    found = {
-        "triton": _version("triton") + interpreted,
-        "CUDA": torch.version.cuda or "none: torch is built without it",
-    }
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        found |= {
-            "gpu": properties.name,
-            "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0") or "unknown",
-            "cuDNN": str(torch.backends.cudnn.version()),
-        }
-    return provenance() | found | {name: _version(name) for name in rivals}
-
-
-def commit() -> str:
-    """Of the checkout; in a copy without its history, what ``ATTENT_COMMIT`` says."""
-    found = _git("rev-parse", "HEAD")
-    return os.environ.get("ATTENT_COMMIT", found) if found == "unknown" else found
 
 
 def save(name: str, result: dict[str, Any]) -> Path:
@@ -65,32 +20,3 @@ def save(name: str, result: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
-
-
-def _git(*arguments: str) -> str:
-    said = _run("git", *arguments)
-    return "unknown" if said is None else said
-
-
-def _run(*command: str) -> str | None:
-    """What a program says; None if it is not there or fails."""
-    try:
-        done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

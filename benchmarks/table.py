@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import score_quality_page
+from . import gpu_targets, score_quality_page
 from .one_pass import TARGETS
 from .provenance import RESULTS
 
@@ -34,7 +34,8 @@ def section() -> str:
 def pages() -> dict[Path, str]:
     """Each page that holds generated text, and what stands between its marks."""
     scores = "\n".join([BEGIN, "", *score_quality_page.lines(), "", END])
-    return {README: section(), score_quality_page.PAGE: scores}
+    targets = "\n".join([BEGIN, "", *gpu_targets.lines(), "", END])
+    return {README: section(), score_quality_page.PAGE: scores, gpu_targets.PAGE: targets}
 
 
 def _link(path: Path) -> str:
@@ -84,7 +85,7 @@ def _teaching() -> Iterator[str]:
 
 def _cost() -> Iterator[str]:
     found = newest("cpu")
-    yield "**What does it cost?** Ratios within one run; a GPU has not been measured yet."
+    yield "**What does it cost?** Ratios within one run, on a CPU; GPU: [docs/performance.md](docs/performance.md)."
     yield ""
     if found is None:
         yield "Not yet measured."

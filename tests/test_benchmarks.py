@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import cpu, one_pass, table
+from attent.bench.timing import Timing, interleave, ratio
+from benchmarks import attention, cpu, gpu_targets, linear_cross_entropy, one_pass, select, steps, table
 from benchmarks.memory import peak_extra_mib
-from benchmarks.timing import Timing, interleave, ratio
 
 
 def test_contenders_run_in_turn_in_alternating_order_and_warmup_is_not_counted() -> None:
@@ -33,6 +35,7 @@ def test_pages_say_what_the_committed_results_say() -> None:
     ("page", "where", "what"),
     [
         ("README.md", table, ("section", lambda: table.BEGIN + "another number" + table.END)),
+        ("docs/performance.md", table.gpu_targets, ("lines", lambda: ["another number"])),
         ("docs/score-quality.md", table.score_quality_page, ("lines", lambda: ["another number"])),
     ],
 )
@@ -42,6 +45,39 @@ def test_a_page_that_says_something_else_is_noticed(
     monkeypatch.setattr(where, *what)
     assert table.main(["--check"]) == 1
     assert page in capsys.readouterr().err
+
+
+def test_a_gpu_target_is_not_yet_measured_until_a_result_of_the_suite_holds_it(tmp_path: Path) -> None:
+    assert all(gpu_targets.NOT_YET in line for line in list(gpu_targets.lines(tmp_path))[2:])
+
+    def contenders(ours: float) -> dict[str, Any]:
+        return {name: {"seconds": {"median": s}} for name, s in (("attent triton", ours), ("torch.topk", 4.0))}
+
+    key = "n 1,000,000, k 1,024, hard"
+    for date, ours in (("2026-01-01", 3.0), ("2026-02-01", 1.0)):
+        parts = {"select": {key: {"contenders": contenders(ours)}, "n 5": {"failed": "x"}}}
+        run = {"provenance": {"gpu": "a GPU", "commit": "abcdef123"}, "parts": parts}
+        file = tmp_path / "a-gpu" / f"{date}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"runs": {"abcdef123": run}}))
+    (line,) = [line for line in gpu_targets.lines(tmp_path) if "a GPU" in line]
+    assert (
+        "| 0.25 | ≤ 0.5 | a GPU, commit abcdef1: [a-gpu/2026-02-01](../benchmarks/results/a-gpu/2026-02-01.json) |"
+        in line
+    )
+
+
+def test_every_gpu_target_names_a_row_and_contenders_that_the_suite_has() -> None:
+    workloads = {"attention": attention, "lce": linear_cross_entropy, "select": select, "steps": steps}
+    for target in gpu_targets.TARGETS:
+        if not target.part:
+            continue  # of the teaching studies
+        rows = [row for row in workloads[target.part].workloads("gpu") if row.key.startswith(target.row)]
+        assert rows, target.what
+        # With a time for every contender there is a figure: no name in it is misspelt.
+        entries = {c.name: {"seconds": {"median": 2.0}, "peak extra MiB": 5.0} for c in rows[0].contenders.all}
+        row = {"contenders": entries}
+        assert target.figure(row | {"ratios": rows[0].summary(row)}) is not None, target.what
 
 
 def test_the_plain_step_of_the_harvest_benchmark_trains_the_same_model() -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 import attent
 from attent import reference
+from attent.bench.attention import SCORED, ratios
+from attent.bench.contenders import Contenders, Results, Workload, budgets, difference, installed, measure, table
+from attent.bench.devices import Device
 from benchmarks import attention, linear_cross_entropy, plot, select
-from benchmarks.contenders import Contenders, Results, Workload, budgets, difference, installed, measure, table
-from benchmarks.devices import Device
 
 CEILINGS = {"copy, bytes a second": 1e9, "matrix product, FLOPs a second": 1e10}
 
@@ -158,7 +159,10 @@ def test_the_tiny_scale_of_every_benchmark_measures_attent_and_pytorch(program: 
         assert row["baseline"] in timed
         assert [name for name, entry in row["contenders"].items() if "failed" in entry] == []
     if program is attention:
-        assert set(row["ratios"]) == {"the fastest attention alone", "the fastest attention" + attention.SCORED}
+        assert set(row["ratios"]) == {
+            "the fastest attention alone",
+            "the fastest attention" + SCORED,
+        }
         plot.main([json, str(tmp_path / "result.png")])
         assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
 
@@ -167,11 +171,19 @@ def test_ratios_are_to_the_fastest_of_each_kind() -> None:
     def entry(median: float) -> dict[str, Any]:
         return {"seconds": {"median": median}}
 
-    names = {"SDPA, cuDNN": 2.0, "SDPA, math": 8.0, "attent triton": 3.0, "FlexAttention" + attention.SCORED: 6.0}
+    names = {
+        "SDPA, cuDNN": 2.0,
+        "SDPA, math": 8.0,
+        "attent triton": 3.0,
+        "FlexAttention" + SCORED: 6.0,
+    }
     row = {"contenders": {name: entry(median) for name, median in names.items()} | {"FlexAttention": {"failed": "x"}}}
-    assert attention.ratios(row) == {
+    assert ratios(row) == {
         "the fastest attention alone": {"which": "SDPA, cuDNN", "attent triton": 1.5},
-        "the fastest attention" + attention.SCORED: {"which": "FlexAttention" + attention.SCORED, "attent triton": 0.5},
+        "the fastest attention" + SCORED: {
+            "which": "FlexAttention" + SCORED,
+            "attent triton": 0.5,
+        },
     }
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from attent.bench.contenders import Contenders, Progress
+from attent.bench.devices import Device, DeviceLost
+from attent.bench.select import topk
 from benchmarks import gpu_correct, gpu_stress, gpu_suite
-from benchmarks.contenders import Progress
-from benchmarks.devices import Device, DeviceLost
 from benchmarks.suite_file import SuiteFile, merge
 
 CPU = torch.device("cpu")
@@ -133,8 +134,8 @@ def test_a_lost_device_leaves_the_row_open_and_the_contender_is_left_out_next_ti
 
     monkeypatch.setattr(device, "must_be_well", lost)
     workload = gpu_suite.select.workloads("tiny")[0]
-    contenders = gpu_suite.select.Contenders()
-    contenders.add("torch.topk")(gpu_suite.select.topk)
+    contenders = Contenders()
+    contenders.add("torch.topk")(topk)
     contenders.add("attent breaks")(breaks)
     workload = type(workload)(**{**vars(workload), "contenders": contenders})
     ceilings = device.ceilings(tiny=True)

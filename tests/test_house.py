@@ -147,6 +147,17 @@ def test_only_the_integrations_import_other_peoples_trainers() -> None:
     assert wrong == set()
 
 
+def test_what_is_installed_imports_nothing_that_is_only_in_the_checkout() -> None:
+    wrong = {
+        str(file.relative_to(ROOT))
+        for package in PACKAGES
+        for file in python_files(package)
+        for module in imported_modules(file, package)
+        if any(lies_in(module, name) for name in ("benchmarks", "tests", "tools", "examples"))
+    }
+    assert wrong == set()
+
+
 def test_relative_imports_are_seen_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PACKAGES, "attent", tmp_path)
     file = tmp_path / "ops" / "some.py"

@@ -96,6 +96,13 @@ def check_int(argument: str, value: object, *, low: int | None = None, high: int
         refuse(argument, describe(value), f"an int in {span}" + (f" ({why})" if why else ""))
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast casts to on this device; None where it is off. Meta tensors have none, and asking is an error."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def values_readable(value: Tensor) -> bool:
     """Whether values may be read to check them: on CPU outside a trace, elsewhere only with ATTENT_CHECK=1."""
     if torch.compiler.is_compiling() or isinstance(value, torch._subclasses.FakeTensor) or value.is_meta:

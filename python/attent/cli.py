@@ -1,4 +1,4 @@
-"""The command line: ``attent demo``, ``attent doctor`` and ``attent report``."""
+"""The command line: ``attent demo``, ``attent bench``, ``attent doctor`` and ``attent report``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
+from .bench.command import add_parser as add_bench
 from .demo.data import SUBSET
 from .demo.settings import WAYS, Settings, usual_epochs
 
@@ -16,7 +17,10 @@ INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, or 2 with a message on stderr if an argument is wrong."""
+    """Run the command line and return its exit code: 0, or 2 with a message on stderr if an argument is wrong.
+
+    1: ``attent bench`` found something of attent's that failed or was wrong.
+    """
     parser = _parser()
     args = parser.parse_args(arguments)
     try:
@@ -26,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             epochs = usual_epochs(args.data) if args.epochs is None else args.epochs
             settings = Settings(args.seeds, args.data, epochs, args.ratio, args.out, args.json, args.threads, args.way)
             demo(settings)
+        elif args.command == "bench":
+            from .bench.command import bench
+
+            return bench(args)
         elif args.command == "report":
             from .report import report
 
@@ -51,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"attent {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
+    add_bench(commands)
     _add_doctor(commands)
     _add_report(commands)
     return parser

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._checks import FLOATING, check_choice, check_int, check_tensor, refuse
+from ._checks import FLOATING, autocast_dtype, check_choice, check_int, check_tensor, refuse
 from .ops.dispatch import BACKENDS
 from .ops.linear_cross_entropy import check_constant, check_options, check_scores, linear_cross_entropy
 from .ops.scored_attention import Readout, check_lengths, scored_attention
@@ -199,7 +199,7 @@ class AttentiveClassifier(nn.Module):
         Raises:
             ValueError: an argument has the wrong shape, dtype, device or range.
         """
-        dtypes = FLOATING if torch.is_autocast_enabled(self.query.device.type) else (self.query.dtype,)
+        dtypes = FLOATING if autocast_dtype(self.query.device) is not None else (self.query.dtype,)
         takes = f"[B, T, embed_dim={self.embed_dim}] in the parameters' dtype, {self.query.dtype}"
         check_tensor(
             "tokens", tokens, takes, shape=(None, None, self.embed_dim), dtypes=dtypes, device=self.query.device

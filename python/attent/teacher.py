@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.utils.data import get_worker_info
 
 from . import teacher_state
-from ._checks import FLOATING, INTEGER, check_int, check_number, check_tensor, refuse, values_readable
+from ._checks import FLOATING, INTEGER, check_int, check_number, check_tensor, describe, refuse, values_readable
 from .distributed import rank_and_world, sum_over_ranks
 from .harvest import Harvest
 from .lesson import lesson_weights
@@ -213,6 +213,9 @@ class Teacher:
         harvest = self._need_examples("record()")
         check_tensor("example_ids", example_ids, "int64 [B]", shape=(None,), dtypes=INTEGER)
         check_tensor("scores", scores, "floating-point [B], like example_ids", shape=example_ids.shape, dtypes=FLOATING)
+        for name, tensor in (("example_ids", example_ids), ("scores", scores)):
+            if tensor.is_meta:  # it would be found when the next lesson is drawn
+                refuse(name, describe(tensor), "a tensor with values")
         if values_readable(example_ids) and example_ids.numel() > 0:
             low, high = (int(bound) for bound in example_ids.aminmax())
             if low < 0 or high >= self._num_examples:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ class OnePass:
         check_choice("compile_backend", compile_backend, BACKENDS)
         check_int("verify_every", verify_every, low=0)
         self._function = per_example_loss
-        self._engine, self._verify_every = engine, verify_every
+        self._engine, self._verify_every, self._compile_backend = engine, verify_every, compile_backend
         self._engines: dict[str, EagerEngine | CompileEngine] = {
             "eager": EagerEngine(per_example_loss),
             "compile": CompileEngine(per_example_loss, compile_backend),
@@ -112,6 +113,15 @@ class OnePass:
         self._last: tuple[str, float] | None = None
         self._losses_made = self._verified = 0
         self._largest_error = 0.0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy begins anew: forwards that wait for their backward, and what was compiled, stay here."""
+        options: dict[str, Any] = {
+            "engine": self._engine,
+            "verify_every": self._verify_every,
+            "compile_backend": self._compile_backend,
+        }
+        return partial(OnePass, **options), (self._function,)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward on a batch; B is the leading size of its first tensor.

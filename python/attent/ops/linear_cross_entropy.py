@@ -14,6 +14,7 @@ from torch import Tensor
 from .._checks import (
     FLOATING,
     INTEGER,
+    autocast_dtype,
     check_choice,
     check_cu_seqlens,
     check_int,
@@ -163,9 +164,9 @@ def cast_for_autocast(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Under autocast, the dtype that ``F.linear`` would compute in."""
-    if not isinstance(input, Tensor) or not torch.is_autocast_enabled(input.device.type):
+    dtype = autocast_dtype(input.device) if isinstance(input, Tensor) else None
+    if dtype is None:
         return input, linear_weight, linear_bias
-    dtype = torch.get_autocast_dtype(input.device.type)
 
     def cast(value: Any) -> Any:
         return value.to(dtype) if isinstance(value, Tensor) and value.dtype in FLOATING[:3] else value

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._checks import (
     FLOATING,
     INTEGER,
+    autocast_dtype,
     check_choice,
     check_cu_seqlens,
     check_int,
@@ -238,9 +239,9 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     """Cast as autocast casts scaled_dot_product_attention, which is on its list of ops for the lower precision."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, tensor, "a floating-point tensor", dtypes=FLOATING)
-    if not torch.is_autocast_enabled(query.device.type) or query.dtype == torch.float64:
+    dtype = autocast_dtype(query.device)
+    if dtype is None or query.dtype == torch.float64:
         return query, key, value
-    dtype = torch.get_autocast_dtype(query.device.type)
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 

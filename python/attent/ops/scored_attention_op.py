@@ -290,10 +290,11 @@ def run(problem: Problem, scoring: Scoring) -> Results:
 
 
 def _is_plain_eager(problem: Problem, gradients: Gradients | None = None) -> bool:
-    """No compiler, no mode, no transform and no tensor subclass wants to see the op."""
+    """No compiler, no mode, no transform, no tensor subclass and no tensor without data wants to see the op."""
     tensors = problem[:_TENSORS] if gradients is None else (*problem[:_TENSORS], *gradients)
     return (
         not torch.compiler.is_compiling()
+        and not problem.query.is_meta  # the tiles of a shape that no machine holds would be counted for hours
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and all(type(tensor) in _PLAIN for tensor in tensors)

@@ -8,6 +8,8 @@ What computes a tile::
                   | a key, so -inf is written over it                 |
     causal        | top-left, -inf times scale: used only where       | by mask
                   | Tq = Tk and scale > 0, else by mask               |
+    NaN, ±inf     | lost where all of a row's scores are: used only   | kept
+                  | where none can be                                 |
     any mask      | added to the scores, in the query's dtype         | filled with -inf
     Dv != D       | no: both are padded with zeros to the larger      | yes
     Hq != Hkv     | not on every version: keys, values are repeated   | repeated too
@@ -24,6 +26,7 @@ to itself. On other devices tiles are matrix products: right, without host reads
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -84,7 +87,7 @@ def attention_forward(query: Tensor, key: Tensor, value: Tensor, what: Attention
     """Output [B, H, Tq, Dv], stored rows first, and logsumexp [B, H, Tq]; 0 and -inf for a row without a key."""
     batch, heads, rows, _ = query.shape
     key, value = _repeat_heads(key, heads), _repeat_heads(value, heads)
-    flash = _flash_takes(query, what)
+    flash = _flash_takes(query, key, what)
     tile_forward = _flash_forward if flash else _products_forward
     tiles = _tiles(query, key, what, flash)
     if len(tiles) == 1 and tiles[0].is_all(query, key):
@@ -98,6 +101,13 @@ def attention_forward(query: Tensor, key: Tensor, value: Tensor, what: Attention
             output[at], logsumexp[at] = tile_forward(query[at], k, v, tile.mask(), what)
     if what.ranges is not None:
         logsumexp.masked_fill_(~what.ranges.has_key()[:, None], -torch.inf)
+    if on_cpu(query) and not flash and what.softcap is None:
+        # A row whose scores are all -inf though it has keys: its softmax is 0/0, and no row without a key.
+        lost = logsumexp == -torch.inf
+        if what.ranges is not None:
+            lost &= what.ranges.has_key()[:, None]
+        output.masked_fill_(lost[..., None], torch.nan)
+        logsumexp.masked_fill_(lost, torch.nan)
     return output, logsumexp
 
 
@@ -107,7 +117,7 @@ def attention_backward(
     """Gradients in query, key and value, stored rows first; probabilities are computed again from the logsumexp."""
     heads, kv_heads = query.shape[1], key.shape[1]
     key, value = _repeat_heads(key, heads), _repeat_heads(value, heads)
-    flash = _flash_takes(query, what)
+    flash = _flash_takes(query, key, what)
     tile_backward = _flash_backward if flash else _products_backward
     if what.ranges is not None:
         # A row without a key has logsumexp -inf, and exp(-inf - -inf) is NaN; exp(-inf - inf) is the 0 it should be.
@@ -142,8 +152,16 @@ def _repeat_heads(tensor: Tensor, heads: int) -> Tensor:
     return tensor.unsqueeze(2).expand(-1, -1, heads // kv_heads, -1, -1).flatten(1, 2)
 
 
-def _flash_takes(query: Tensor, what: Attention) -> bool:
-    return on_cpu(query) and what.softcap is None and _HAS_FLASH
+def _flash_takes(query: Tensor, key: Tensor, what: Attention) -> bool:
+    return _HAS_FLASH and on_cpu(query) and what.softcap is None and _scores_are_finite(query, key, what)
+
+
+def _scores_are_finite(query: Tensor, key: Tensor, what: Attention) -> bool:
+    """Whether |scale q·k| cannot pass the largest number; reads two values, so on the CPU only."""
+    if query.numel() == 0 or key.numel() == 0:
+        return True
+    largest = (float(torch.linalg.vector_norm(x, torch.inf)) for x in (query, key))  # NaN if one is
+    return abs(what.scale) * query.shape[3] * math.prod(largest) < torch.finfo(query.dtype).max
 
 
 # -------------------------------------------------------------------------------------------------------------- tiles

@@ -84,22 +84,26 @@ class Device:
         except RuntimeError as error:
             raise DeviceLost(str(error).split("\n")[0]) from error
 
-    def ceilings(self, tiny: bool = False) -> dict[str, Any]:
+    def ceilings(self, tiny: bool = False, dtype: torch.dtype | None = None) -> dict[str, Any]:
         """Measured here and now: bytes a second of a large copy, FLOPs a second of a large matrix product.
 
-        ``tiny``: of small ones, to see that everything runs.
+        ``dtype``: of the product; None: the usual one of the device. ``tiny``: of small ones, to see that all runs.
         """
         if tiny:
-            length, size, dtype, rounds = 1 << 18, 128, torch.float32, 1
+            length, size, usual, rounds = 1 << 18, 128, torch.float32, 1
         elif self.kind == "cuda":
-            length, size, dtype, rounds = 1 << 28, 8192, torch.bfloat16, 10
+            length, size, usual, rounds = 1 << 28, 8192, torch.bfloat16, 10
         else:
-            length, size, dtype, rounds = 1 << 24, 1024, torch.float32, 3
+            length, size, usual, rounds = 1 << 24, 1024, torch.float32, 3
+        dtype = dtype or usual
         source = torch.empty(length, dtype=torch.float32, device=self.torch).zero_()
         target = torch.empty_like(source)
         a = torch.randn(size, size, device=self.torch).to(dtype)
         product = torch.empty_like(a)
-        calls = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, a, out=product)}
+        calls: dict[str, Callable[[], object]] = {
+            "copy": lambda: target.copy_(source),
+            "product": lambda: torch.mm(a, a, out=product),
+        }
         seconds = {name: min(of.wall) for name, of in timing.interleave(calls, rounds, 2, self.timed).items()}
         return {
             "copy, bytes a second": 2 * source.nbytes / seconds["copy"],

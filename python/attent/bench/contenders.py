@@ -277,5 +277,12 @@ def reason(entry: dict[str, Any]) -> str:
     return f"not timed: outside the error budget in {', '.join(entry['outside budget'])}"
 
 
+def failures(row: dict[str, Any]) -> list[str]:
+    """What of attent's failed or is outside its budget, one line each."""
+    entries = {name: entry for name, entry in row["contenders"].items() if name.startswith("attent")}
+    wrong = {name: entry for name, entry in entries.items() if "failed" in entry or "outside budget" in entry}
+    return [f"{name}: {reason(entry)}" for name, entry in wrong.items()]
+
+
 def _mark(entry: dict[str, Any]) -> str:
     return f"  outside the error budget: {', '.join(entry['outside budget'])}" if "outside budget" in entry else ""
