@@ -90,7 +90,7 @@ build: $(INSTALLED)  ## source distribution and wheel into dist/, and the wheel 
 	    > "$$("$$away/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"; \
 	cd "$$away"; \
 	bin/python -c 'import sys, attent, attent_kernels; assert all(m.__file__.startswith(sys.prefix) for m in (attent, attent_kernels)); print("imported attent", attent.__version__, "from", attent.__file__)'; \
-	bin/attent --help > /dev/null
+	bin/attent --help > /dev/null; bin/attent bench select --n 1000 --k 10 --rounds 1 > /dev/null
 
 # The pretrained model's package asks for more than its files need.
 .PHONY: examples
