@@ -137,6 +137,41 @@ def test_weights_multiply_each_examples_loss_and_nothing_else(tmp_path: Path) ->
         torch.testing.assert_close(loss.double(), (each * weight).sum() / (labels != -100).sum(), rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("kind", ["Llama", "Mixtral"])
+def test_weights_beside_the_models_own_loss_do_what_they_do_in_the_fused_one(tmp_path: Path, kind: str) -> None:
+    """Of padding-free batches (Llama) and beside an auxiliary loss (Mixtral): same value, same gradients.
+
+    The model takes its softmax in float32: bounds as in compare_with_the_plain_trainer.
+    """
+    experts = {"output_router_logits": True, "router_aux_loss_coef": 0.5, "num_local_experts": 2}
+    model = language_model(kind, **({**experts, "experts_implementation": "eager"} if kind == "Mixtral" else {}))
+    model, data, collate = model.double(), texts(8), None
+    if kind == "Llama":
+        model.set_attn_implementation("eager")
+        documents = [item["input_ids"][item["input_ids"] > 0].tolist() for item in data]
+        data, collate = [{"input_ids": row, "documents": [row]} for row in documents], flattened
+    found = []
+    for keep in (False, True):
+        trainer = TeachingTrainer(
+            model,
+            arguments(tmp_path, remove_unused_columns=False),
+            train_dataset=[{name: value for name, value in item.items() if name != "remark"} for item in data],
+            data_collator=collate,
+            teaching=TeachingArguments(reweight="inverse", keep_logits=keep),
+        )
+        batch = batch_of(trainer)
+        trainer.teacher.weights = lambda ids: torch.tensor([0.5, 2.0, 1.0, 0.0])  # type: ignore[method-assign]
+        model.train()
+        loss = trainer.compute_loss(model, dict(batch))
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
+        model.zero_grad(set_to_none=True)
+    (loss, wanted), (loss_beside, beside) = found
+    torch.testing.assert_close(loss_beside.double(), loss, rtol=4e-6, atol=0)
+    for name, grad in beside.items():
+        assert (grad - wanted[name]).norm() <= 1e-5 * wanted[name].norm(), name
+
+
 # ------------------------------------------------------------------------------------------------- the run as planned
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from attent.integrations.transformers import TeachingArguments, TeachingMixin
+from tests.ranks import on_ranks
+from tests.test_transformers_trainer_distributed import as_rank
 from tests.transformers_learners import Trace, V, language_model
 
 # Importing TRL and what it needs takes seconds, so it is imported where it is used.
@@ -206,6 +209,39 @@ def test_lora_in_the_body_is_taught_too(tmp_path: Path) -> None:
     taught = trainer(model, tmp_path, packing=True, max_length=12)
     taught.train()
     assert taught.teacher.summary()["never_seen_ids"].numel() == 0
+
+
+def sharded(rank: int, folder: Path) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    as_rank(rank, 2)
+    torch.manual_seed(3)
+    model = language_model(attn_implementation="eager").double().train()
+    whole = copy.deepcopy(model)
+    teaching = TeachingArguments(score="head", reweight="inverse")
+    taught, alone = (
+        trainer(each, folder, teaching, average_tokens_across_devices=False, **LAYOUTS["packed, best fit"])
+        for each in (model, whole)
+    )
+    batch, _ = plain_batch(alone)
+    for each in (taught, alone):
+        each.teacher.weights = lambda ids: torch.tensor([0.5, 2.0, 1.0, 0.25])[: len(ids)]
+    for module in (*model.model.layers, model.lm_head):
+        fully_shard(module)
+    fully_shard(model, reshard_after_forward=True)
+    for _ in range(2):
+        loss, expected = (each.compute_loss(each.model, dict(batch)) for each in (taught, alone))
+        assert torch.equal(loss, expected)
+        loss.backward()
+    for each in (taught, alone):
+        each.teacher.state_dict()
+    found, wanted = (each.teacher._harvest.store.score for each in (taught, alone))
+    assert torch.equal(found.nan_to_num(-1), wanted.nan_to_num(-1)) and bool(found.isfinite().any())
+
+
+def test_a_head_sharded_by_fsdp2_is_gathered_for_the_scores(tmp_path: Path) -> None:
+    sft()  # imported before forking
+    on_ranks(2, sharded, tmp_path / "meet", tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,15 @@ class Targets:
         counted = self.target[:, 1:] if self.shift else self.target
         return counted != IGNORED
 
+    def lengths(self) -> Tensor:
+        """How many targets of each example count, ``[B]``."""
+        counted = (self.target != IGNORED).long()
+        if self.segments is None:
+            return counted[:, 1 if self.shift else 0 :].sum(1)
+        before = F.pad(counted[0].cumsum(0), (1, 0))
+        begin, end = self.segments[:-1].long(), self.segments[1:].long()
+        return before[end] - before[begin + 1 if self.shift else begin]
+
 
 class ScoredLoss:
     """What the ways to a loss share: the head, the options, and the one call that scores."""
@@ -90,11 +99,6 @@ class ScoredLoss:
             per_example=self.teaching.per_example,
             cu_seqlens=targets.segments,
         )
-
-    def run_head(self, hidden: Tensor, forward: Callable[[Tensor], Any]) -> Any:
-        """The head's module once more, with another ``forward``: its hooks run."""
-        with in_place_of(self.head.linear, "forward", forward):
-            return self.head.linear(hidden)
 
 
 class FusedLoss(ScoredLoss):
@@ -164,46 +168,62 @@ class LossBeside(ScoredLoss):
             targets = Targets(labels_of(inputs), False, None)
             if targets.target.shape != (examples,) or targets.target.is_floating_point():
                 refuse("labels", describe(targets.target), f"int64 [B={examples}], a class for each example")
-        if weight is not None and targets.segments is not None:
-            refuse("reweight", "'inverse' with packed examples and keep_logits", "'none', or keep_logits=False")
         seen: dict[str, Any] = {}
-
-        def beside(hidden: Tensor) -> Any:
-            with torch.set_grad_enabled(weight is not None and torch.is_grad_enabled()):
-                return self.score(hidden, targets, "example")
 
         def forward(hidden: Tensor) -> Tensor:
             output: Tensor = F.linear(hidden, head.linear.weight, head.linear.bias)
-            seen["hidden"], seen["output"] = hidden, output
-            if head.language or output.dim() == 2:
-                seen["beside"] = beside(hidden)
+            of, flat = targets, hidden
+            if not head.language and output.dim() == 3:
+                # The model pools after its head, at a position that shows later: each is scored, classes being few.
+                of = Targets(targets.target[:, None].expand(output.shape[:2]).flatten(), False, None)
+                flat = hidden.flatten(0, 1)
+            with torch.no_grad():
+                seen["beside"] = self.score(flat, of, "example")
+            if weight is not None:
+                spread = by_target(weight, targets)
+                by_element = spread.view(*spread.shape, *[1] * (output.dim() - spread.dim()))
+                output = _GradientTimes.apply(output, by_element)  # type: ignore[no-untyped-call]
+            seen["output"] = output
             return output
 
         with in_place_of(head.linear, "forward", forward):
             loss, outputs = compute_loss(True)
         if "output" not in seen:
             refuse("head", f"{head.name!r}, which did not run", "the layer that the model's logits come from")
-        hidden, output = seen["hidden"], seen["output"]
+        output, (means, scores) = seen["output"], seen["beside"]
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
-        if "beside" not in seen:
-            # The model pools after its head: the position each row of its logits came from is where its gradient is.
+        if not head.language and output.dim() == 3:
+            # The position that a row of the logits came from is where its gradient is.
             (of_output,) = torch.autograd.grad(logits.float().sum(), output, retain_graph=True)
             row, position = torch.arange(len(output), device=output.device), of_output[..., 0].argmax(1)
-            hidden, output = hidden[row, position], output[row, position]
-            # Autocast ended with the model's forward: what is left of it is a narrower input than the weight's.
-            seen["beside"] = self.run_head(hidden.to(head.linear.weight.dtype), beside)
-        means, scores = seen["beside"]
+            output = output[row, position]
+            means, scores = (value.view(of_output.shape[:2])[row, position] for value in (means, scores))
         if not self._checked:
             head.check(output.detach(), logits.detach())
             self._checked = True
         if weight is not None:
-            if head.language:
-                means = means * targets.counted().sum(1)
-            # The trainer's loss is c·Σℓ with a c of its own (tokens of all accumulated batches and ranks). Found here,
-            # without reading it back, so that the weights change nothing but the weights.
-            share = (loss / means.sum().clamp(min=torch.finfo(means.dtype).tiny)).detach()
-            loss = loss + share * ((weight - 1) * means).sum()
+            # Gradients are weighted; the value is to say so. The trainer's loss is c·Σℓ with a c of its own (tokens of
+            # all accumulated batches and ranks), and a mixture of experts' auxiliary loss. c is found without reading
+            # anything back.
+            sums = means * targets.lengths() if head.language else means
+            rest = outputs.get("aux_loss") if isinstance(outputs, dict) else None
+            rest = 0.0 if rest is None else rest.detach() * base.router_aux_loss_coef
+            share = (loss.detach() - rest) / sums.sum().clamp(min=torch.finfo(sums.dtype).tiny)
+            loss = loss + share * ((weight - 1) * sums).sum()
         return loss, outputs, scores
+
+
+class _GradientTimes(torch.autograd.Function):
+    """The identity, whose gradient is multiplied: what a loss that is a sum over examples needs to weight them."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight.to(output.dtype)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.weight, None
 
 
 @contextmanager
@@ -218,6 +238,14 @@ def in_place_of(owner: Any, name: str, value: Any) -> Iterator[None]:
             owner.__dict__[name] = before
         else:
             del owner.__dict__[name]
+
+
+def by_target(weight: Tensor, targets: Targets) -> Tensor:
+    """Each example's weight where its targets are predicted: ``[B]`` by rows, ``[1, T]`` of a padding-free batch."""
+    if targets.segments is None:
+        return weight
+    spread = weight.repeat_interleave(targets.segments.diff().long(), output_size=targets.target.shape[1])[None]
+    return spread.roll(-1, 1) if targets.shift else spread
 
 
 def labels_of(inputs: MutableMapping[str, Any]) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import refuse
-from .scored_loss import ScoredLoss, Targets, in_place_of, language_targets
+from .scored_loss import ScoredLoss, by_target, in_place_of, language_targets
 
 _SWITCH = "fused_lm_head"
 
@@ -58,10 +58,13 @@ class LossBesideFusedHead(ScoredLoss):
             if not self._checked:
                 self._check(original, options)
                 self._checked = True
-            with torch.no_grad():
-                scores.append(self.run_head(hidden[0], lambda of: self.score(of, targets, "example"))[1])
-            if weight is not None:  # TRL's loss is −c·Σ log p over these
-                outputs.log_probs = outputs.log_probs * _by_target(weight, targets)
+            # The head's module, with another forward: its hooks run, and gather what is sharded.
+            beside = in_place_of(self.head.linear, "forward", lambda of: self.score(of, targets, "example"))
+            with torch.no_grad(), beside:
+                scores.append(self.head.linear(hidden[0])[1])
+            if weight is not None:  # TRL's loss is −c·Σ log p over these, [B, T - 1]; [B, T] if not to be shifted
+                spread = weight[:, None] if targets.segments is None else by_target(weight, targets)
+                outputs.log_probs = outputs.log_probs * spread[:, : outputs.log_probs.shape[1]]
             return outputs
 
         with in_place_of(base, "forward", forward):
@@ -87,12 +90,3 @@ class LossBesideFusedHead(ScoredLoss):
         if len(output) != 1:
             refuse("head", f"{self.head.name!r}, which did not run", "the layer that the model's logits come from")
         self.head.check(output[0], logits)
-
-
-def _by_target(weight: Tensor, targets: Targets) -> Tensor:
-    """Each example's weight where its log-probabilities are, ``[B, 1]`` or ``[1, T - 1]`` (shifted: ``[1, T]``)."""
-    if targets.segments is None:
-        return weight[:, None]
-    lengths = targets.segments.diff().long()
-    spread = weight.repeat_interleave(lengths, output_size=targets.target.shape[1])[None]
-    return spread[:, 1:] if targets.shift else spread
