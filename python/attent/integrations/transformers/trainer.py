@@ -19,6 +19,7 @@ from ...report.log import TeachingLog
 from ...sampler import TeachingSampler, batches_of, share_of
 from ...teacher import Teacher
 from .arguments import TeachingArguments
+from .checkpoints import newest_whole_checkpoint
 from .coverage import Coverage, class_names, show_example
 from .examples import CU_SEQLENS, ID, NumberedCollator, NumberedDataset
 from .heads import find_head
@@ -259,6 +260,12 @@ class TeachingMixin(_Trainer):
         super().log(logs, *args, **kwargs)
 
     # --------------------------------------------------------------------------------------------------- checkpoints
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own; ``resume_from_checkpoint=True`` takes the newest checkpoint that is whole."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_whole_checkpoint(self.args.output_dir, STATE) or True
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         state = self.teacher.state_dict()  # on every process: it merges what all of them recorded
