@@ -199,6 +199,37 @@ def test_steps_learning_rate_and_epoch_follow_the_lessons(tmp_path: Path, drop_l
     assert all(len(set(ids)) == len(ids) for ids in trainer.seen.values())
 
 
+def test_the_teachers_figures_reach_the_trainers_loggers_as_scalars_beside_the_loss(tmp_path: Path) -> None:
+    """As TensorBoard's and Weights & Biases' callbacks get them: by ``on_log``, renamed by ``rewrite_logs``."""
+    from transformers.integrations.integration_utils import rewrite_logs
+
+    class Recording(transformers.TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.logged: list[dict[str, Any]] = []
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            self.logged.append({"step": state.global_step, **rewrite_logs(logs)})
+
+    recording = Recording()
+    args = arguments(tmp_path, logging_strategy="epoch", eval_strategy="epoch")
+    trainer = TeachingTrainer(
+        language_model(), args, train_dataset=texts(16), eval_dataset=texts(4), callbacks=[recording]
+    )
+    trainer.train()
+    losses = [logs for logs in recording.logged if "train/loss" in logs]
+    ours = {name for logs in recording.logged for name in logs if "teaching" in name}
+    assert ours == {f"train/teaching/{name}" for name in ("score_mean", "keep_ratio", "seconds", "turnover")}
+    assert all(isinstance(logs[name], float) for logs in losses for name in ours & set(logs))
+    assert all(set(logs).isdisjoint(ours) for logs in recording.logged if "train/loss" not in logs)
+    assert [logs["step"] for logs in losses] == [4, 6, 8, 12]
+    assert [logs["train/teaching/keep_ratio"] for logs in losses] == [1.0, 0.5, 0.5, 1.0]
+    seconds = [logs["train/teaching/seconds"] for logs in losses]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+    # The second reduced lesson is the first that may differ from one before.
+    turnover = trainer.teacher.summary()["turnover"]
+    assert [logs.get("train/teaching/turnover") for logs in losses] == [None, None, turnover[0], turnover[0]]
+
+
 # ------------------------------------------------------------------------------------------- others' trainers and data
 
 

@@ -252,6 +252,8 @@ class TeachingMixin(_Trainer):
             epoch = self.teacher._harvest.epoch if self.teacher._harvest is not None else 0  # the one that runs
             logs["teaching/keep_ratio"] = self.teacher.epoch_sizes()[epoch] / len(self.train_dataset)
             logs["teaching/seconds"] = self.teacher._teaching_seconds
+            if self.teacher._lessons is not None and self.teacher._lessons.turnover:
+                logs["teaching/turnover"] = self.teacher._lessons.turnover[-1]
             self._score_mean = []
         if self._log is not None:
             for name, value in logs.items():
