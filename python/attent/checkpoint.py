@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
 
 def write_state(state: dict[str, Any], path: str | Path) -> None:
-    """Write a state dict, the teacher's or a larger one. A process killed meanwhile leaves the old file, if any."""
+    """Write a state dict, the teacher's or a larger one, to ``path``; killed meanwhile, it leaves the old file, if any.
+
+    >>> import os, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_state(attent.Teacher(4, total_epochs=2).state_dict(), f"{folder}/teacher.pt")
+    ...     os.listdir(folder)
+    ['teacher.pt']
+    """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -31,6 +38,24 @@ def write_state(state: dict[str, Any], path: str | Path) -> None:
         unfinished.unlink(missing_ok=True)
 
 
+def read_state(teacher: Teacher, path: str | Path) -> dict[str, Any]:
+    """Load ``path``, a file of :func:`write_state`, into ``teacher``; returns the state.
+
+    Raises:
+        ValueError: the file is not there, is torn, or is not a state of this teacher.
+
+    >>> import tempfile
+    >>> teacher = attent.Teacher(4, total_epochs=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_state(teacher.state_dict(), f"{folder}/teacher.pt")
+    ...     sorted(read_state(teacher, f"{folder}/teacher.pt")["position"])
+    ['epoch', 'position']
+    """
+    state = read_file(path)
+    teacher.load_state_dict(state)
+    return state
+
+
 def read_file(path: str | Path) -> dict[str, Any]:
     """The state in a file of :func:`write_state`, on the CPU, if it is whole.
 
@@ -39,6 +64,12 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
     Raises:
         ValueError: the file is not there, or is not what :func:`write_state` wrote.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_state({"step": 3, "teacher": {}}, f"{folder}/state.pt")
+    ...     read_file(f"{folder}/state.pt")["step"]
+    3
     """
     if not Path(path).is_file():
         refuse("checkpoint", f"no {path}", "a checkpoint saved while the teacher was in use, which holds its state")
@@ -53,17 +84,6 @@ def read_file(path: str | Path) -> dict[str, Any]:
         damaged = f"{type(error).__name__}: {error}"
     if damaged:
         refuse("checkpoint", f"{path}, which is torn or no such file ({damaged})", "a file that write_state wrote")
-    return state
-
-
-def read_state(teacher: Teacher, path: str | Path) -> dict[str, Any]:
-    """Load a file of :func:`write_state` into ``teacher``; returns the state.
-
-    Raises:
-        ValueError: the file is not there, is torn, or is not a state of this teacher.
-    """
-    state = read_file(path)
-    teacher.load_state_dict(state)
     return state
 
 
