@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
-PYTHON_CODE := $(wildcard python attent_kernels tests benchmarks examples tools setup.py)
+PYTHON_CODE := $(wildcard python attent_kernels tests benchmarks examples tools docs/conf.py setup.py)
 CXX_CODE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.hpp')
 
 # Tests are many and small: processes use the cores better than threads inside each operation do.
@@ -33,7 +33,7 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit("attent needs Python 3.10 or newer; try make PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) pip setuptools pybind11
-	$(PIP_INSTALL) --no-build-isolation -e '.[demo,dev]'
+	$(PIP_INSTALL) --no-build-isolation -e '.[demo,dev,docs]'
 	touch $@
 
 .PHONY: test
@@ -54,10 +54,16 @@ lint: $(INSTALLED)  ## ruff (format and lint) and clang-format
 types: $(INSTALLED)  ## mypy --strict on python/attent
 	$(BIN)/mypy
 
+# Warnings are errors, and so is every name that is referred to and not documented.
+SPHINX := $(BIN)/python -m sphinx -q -n -W --keep-going docs docs/_build/html
+
 .PHONY: docs
-docs: $(INSTALLED)  ## the examples in docstrings and in README.md
+docs: $(INSTALLED)  ## the examples in docstrings and in README.md, and the pages of docs/, into docs/_build/html
 	$(PYTEST) -p tests.conftest --doctest-modules --doctest-ignore-import-errors python/attent
 	$(PYTEST) tests/test_house.py -k readme
+	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; \
+	then echo $(SPHINX) && $(SPHINX); \
+	else echo "docs: the pages are built from Python 3.11 on"; fi
 
 .PHONY: slow
 slow: $(INSTALLED)  ## the slow tests
@@ -95,7 +101,8 @@ examples: $(INSTALLED)  ## the scripts of examples/, on less than they take by d
 	runs=$$(mktemp -d); trap 'rm -rf "$$runs"' EXIT; \
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/finetune_classifier.py --texts 12 --epochs 4 --out "$$runs/finetune"; \
 	$(BIN)/python examples/train_language_model.py --rows 200 --epochs 4 --out "$$runs/language"; \
-	$(BIN)/attent report "$$runs/finetune" --compare "$$runs/language"; \
+	$(BIN)/python examples/vit_lightning.py --images 3000 --epochs 5 --out "$$runs/vit"; \
+	$(BIN)/attent report "$$runs/finetune" --compare "$$runs/language" "$$runs/vit" --png; \
 	$(BIN)/python -m torch.distributed.run --nproc_per_node 2 examples/plain_loop_distributed.py --examples 800 \
 	    --state "$$runs/loop.pt" --stop-after 70; \
 	$(BIN)/python -m torch.distributed.run --nproc_per_node 2 examples/plain_loop_distributed.py --examples 800 \
@@ -117,6 +124,6 @@ format: $(INSTALLED)  ## write the format that lint asks for
 
 .PHONY: clean
 clean:  ## remove what was built; .venv stays, and the next target installs again
-	rm -rf build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(INSTALLED)
+	rm -rf build dist docs/_build ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(INSTALLED)
 	rm -f attent_kernels/_native*.so attent_kernels/_native_failure.txt
 	find $(filter-out %.py,$(PYTHON_CODE)) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -70,7 +70,9 @@ def test_every_requirement_of_the_development_environment_is_pinned_once_per_pyt
     assert all(re.fullmatch(r"==[^*]+", str(pin.specifier)) for pin in pins)
     wanted = [Requirement(line) for line in importlib.metadata.requires("attent") or []]
     for requirement in wanted:
-        if requirement.marker is None or any(requirement.marker.evaluate({"extra": e}) for e in ("", "dev", "demo")):
+        if requirement.marker is None or any(
+            requirement.marker.evaluate({"extra": e}) for e in ("", "dev", "demo", "docs")
+        ):
             assert canonicalize_name(requirement.name) in here
 
 
@@ -216,6 +218,7 @@ def checkout(tmp_path: Path) -> Path:
     unwanted = shutil.ignore_patterns(
         ".*",
         "build",
+        "_build",
         "dist",
         "out",
         "*.egg-info",

@@ -29,7 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif args.command == "report":
             from .report import report
 
-            print(report(args.run, args.out, args.compare))
+            png = args.png
+            if png is True:
+                png = args.run if Path(args.run).is_dir() else Path(args.run).parent
+            print(report(args.run, args.out, args.compare, png=png))
         else:
             from .doctor import doctor
 
@@ -100,10 +103,6 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     report = commands.add_parser(
         "report",
@@ -112,4 +111,16 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     report.add_argument("run", metavar="RUN", help="the run's folder, or its teaching.jsonl")
     report.add_argument("--out", type=Path, metavar="HTML", help="where the page goes (default: RUN/teaching.html)")
+    report.add_argument(
+        "--png",
+        nargs="?",
+        type=Path,
+        const=True,
+        metavar="FOLDER",
+        help="write each chart as a PNG file too, into FOLDER (default: RUN); needs matplotlib",
+    )
     report.add_argument("--compare", nargs="*", default=[], metavar="RUN", help="runs whose metrics are drawn along")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -93,8 +93,14 @@ class ScoringHead(nn.Module):
     ) -> Any:
         """Loss and scores of ``hidden`` [B, T, D] or [N, D] under ``target``; without a target, logits [..., V].
 
+        ``example_weight`` ``[B]`` multiplies each example's losses; ``cu_seqlens`` int32 ``[B + 1]`` says where the
+        examples of packed rows begin.
+
         Returns:
             What :func:`attent.linear_cross_entropy` returns with this head's options.
+
+        Raises:
+            ValueError: naming the argument, what came and what is taken.
         """
         if target is None:
             logits, softcap = F.linear(hidden, self.weight, self.bias), self.options["softcap"]

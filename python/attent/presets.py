@@ -1,4 +1,4 @@
-"""The paper's two schedules, done right: each returns a :class:`Teacher` for the training loop you have.
+"""The paper's two schedules, done right: each returns a :class:`attent.Teacher` for the training loop you have.
 
 Both are for comparison with AtteNT (arXiv 2602.20461); the library's own defaults are ``Teacher(…)``'s. Here scores are
 harvested from training, which costs no forward pass. The paper rescores all data instead, a *full rescoring* of N
@@ -25,7 +25,8 @@ def attent_simple(num_examples: int, total_epochs: int = 5, *, ratio: float = 0.
 
     ``k = floor(ratio · num_examples + ½)`` highest scores of epoch 0 (temperature 0, no floor) in all later epochs; no
     anneal, no reweighting. It saves ``(1 − ratio)·(total_epochs − 1)`` of ``total_epochs`` passes: 24 % at the
-    defaults. With harvested scores no rescoring is needed, since epoch 0 has just scored everything.
+    defaults. With harvested scores no rescoring is needed, since epoch 0 has just scored everything. ``seed`` orders
+    the examples of each epoch.
 
     Raises:
         ValueError: an argument is out of range.
@@ -66,7 +67,7 @@ def attent_complex(
     *all* other epochs, and a lesson is held for ``initial_interval`` to ``final_interval`` epochs. (The paper's code
     puts full epochs between the lessons, which at its defaults leaves about 4 % of the passes to save.) At the defaults
     half of the passes are saved; full rescoring would spend N forwards per lesson of it, 112 lessons in 800 epochs: 37
-    passes' worth.
+    passes' worth. ``num_examples``, ``total_epochs``, ``temperature`` and ``seed`` as in :class:`attent.Teacher`.
 
     Raises:
         ValueError: an argument is out of range.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class TeachingSampler(Sampler[Any]):
-    """The ids that each epoch trains on; made by :meth:`Teacher.sampler`, used as ``DataLoader(sampler=…)``.
+    """The ids that each epoch trains on; made by :meth:`attent.Teacher.sampler`, used as ``DataLoader(sampler=…)``.
 
     With ``batch_size`` it yields lists of ids and is a ``DataLoader(batch_sampler=…)``; :meth:`packed` gives one that
     fills batches up to a number of tokens.
@@ -39,6 +39,20 @@ class TeachingSampler(Sampler[Any]):
     whose score was recorded. So record every batch, before saving, and other examples (a rescoring) between epochs
     only. A position counts over all ranks; the rest of an epoch is the same at any number of them.
     ``DataLoader(in_order=True)``, the default, is needed.
+
+    Args:
+        teacher: whose lessons these are; made with ``num_examples`` and ``total_epochs``.
+        num_replicas, rank: number of processes, and which of them this is; None: torch.distributed's, or one process.
+        shuffle: an order drawn anew each epoch, the same on all ranks; else ids ascend.
+        drop_last: leave out what does not divide evenly.
+        batch_size: of each rank, for a batch sampler; None: single ids.
+
+    Raises:
+        ValueError: an argument is out of its range; iterating, beyond the teacher's last epoch.
+
+    >>> teacher = attent.Teacher(6, total_epochs=1)
+    >>> list(attent.TeachingSampler(teacher, num_replicas=2, rank=1, shuffle=False))
+    [1, 3, 5]
     """
 
     def __init__(
@@ -78,6 +92,9 @@ class TeachingSampler(Sampler[Any]):
         examples are packed best-fit within shuffled windows; every rank gets the same number of batches. How many there
         are depends on the lesson, so ``len`` is known only while the epoch runs.
 
+        Raises:
+            ValueError: ``lengths`` are not as many, or one is outside [1, max_tokens]; this sampler has a batch size.
+
         >>> teacher = attent.Teacher(4, total_epochs=1)
         >>> list(teacher.sampler(shuffle=False).packed([5, 2, 3, 1], max_tokens=6))
         [[0, 3], [2, 1]]
@@ -110,11 +127,18 @@ class TeachingSampler(Sampler[Any]):
 
     @property
     def epoch(self) -> int:
-        """The epoch that runs, or once it has ended the next: ``range(sampler.epoch, total_epochs)`` resumes a loop."""
+        """The epoch that runs, or once it has ended the next.
+
+        ``range(sampler.epoch, total_epochs)`` resumes a loop.
+        """
         return self._epoch + 1 if self._finished() else self._epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Iterate ``epoch`` next. Not needed: epochs follow one another. A resumed epoch keeps its position."""
+        """Iterate ``epoch`` next. Not needed: epochs follow one another. A resumed epoch keeps its position.
+
+        Raises:
+            ValueError: ``epoch`` is not in [0, total_epochs).
+        """
         check_int(
             "epoch", epoch, low=0, high=self._teacher._total_epochs - 1, why="beyond the last epoch there is no plan"
         )
@@ -255,7 +279,11 @@ class TeachingSampler(Sampler[Any]):
         return self._position([self.rank])
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue at a saved position, on any number of ranks; :meth:`Teacher.load_state_dict` does this by itself."""
+        """Continue at a saved position, on any number of ranks; :meth:`attent.Teacher.load_state_dict` does it too.
+
+        Raises:
+            ValueError: ``state`` is not what :meth:`state_dict` returned.
+        """
         if not isinstance(state, Mapping) or set(state) != {"epoch", "position"}:
             refuse("state", describe(state), "what TeachingSampler.state_dict() returned: 'epoch' and 'position'")
         check_int("state['epoch']", state["epoch"], low=0, high=self._teacher._total_epochs)

@@ -16,7 +16,17 @@ from ._checks import check_int, check_number, describe, refuse
 
 @dataclass(frozen=True)
 class Schedule:
-    """A value for each progress in [0, 1]; subclass it and define ``__call__``."""
+    """A value for each progress in [0, 1]; subclass it and define ``__call__``.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True)
+    ... class Half(attent.schedules.Schedule):
+    ...     start: float
+    ...     def __call__(self, progress):
+    ...         return self.start * 0.5**progress
+    >>> attent.Teacher(100, total_epochs=5, ratio=Half(0.8), anneal=0).epoch_sizes()
+    [100, 80, 63, 50, 40]
+    """
 
     def __call__(self, progress: float) -> float:
         raise NotImplementedError(f"{type(self).__name__} must define __call__(progress)")
@@ -139,7 +149,14 @@ class Incremental(Schedule):
 
 
 def as_schedule(argument: str, value: object) -> Schedule:
-    """``value`` as a schedule: a number is constant."""
+    """``value`` as a schedule: a number is constant. ``argument``: what an error calls it.
+
+    Raises:
+        ValueError: it is neither a number nor a schedule.
+
+    >>> attent.schedules.as_schedule("ratio", 0.5)
+    Constant(value=0.5)
+    """
     if isinstance(value, Schedule):
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):

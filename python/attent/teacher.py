@@ -168,6 +168,9 @@ class Teacher:
         (as in accelerate and transformers); ``world_size`` ranks (None: torch.distributed's); ``drop_last`` as given to
         the sampler (and to a DataLoader that makes the batches).
 
+        Raises:
+            ValueError: a number is below 1, or the teacher was made with ``total_steps``.
+
         >>> attent.Teacher(100, total_epochs=2).total_steps(batch_size=8, accumulate=4)
         5
         """
@@ -279,7 +282,10 @@ class Teacher:
             return selection
 
     def weights(self, example_ids: Tensor | Selection) -> Tensor:
-        """Loss weights float32 ``[B]`` of examples of the running lesson, or of a :class:`Selection`, on its device.
+        """Loss weights float32 ``[B]`` of examples of the running lesson, or of a :class:`attent.Selection`, on its
+        device.
+
+        ``example_ids``: int64 ``[B]`` in [0, N), or the selection.
 
         1 with ``reweight="none"``, in warm-up and in anneal; else ``min(1/inclusion, 4)`` divided by its mean over the
         lesson (over the selection). Multiply per-example losses with them, for instance by ``example_weight`` of
@@ -314,6 +320,9 @@ class Teacher:
         ``full_seconds``: measured seconds of the same epochs on full data; makes ``saved_seconds`` "measured".
         Otherwise they are "estimated" from this run's seconds per example. Keys: see :class:`attent.TeachingSummary`.
 
+        Raises:
+            ValueError: ``full_seconds`` is below 0.
+
         >>> attent.Teacher(10, total_epochs=2).summary()["never_seen_ids"].numel()
         10
         """
@@ -338,7 +347,7 @@ class Teacher:
             return teacher_state.save(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; this teacher's samplers, made before or after, continue at the saved position.
+        """Go on from ``state``, of :meth:`state_dict`; samplers made before or after continue at the saved position.
 
         Raises:
             ValueError: it was saved by a teacher with other settings, or is no such state.

@@ -15,23 +15,25 @@ if TYPE_CHECKING:
 class TeachingSummary(dict[str, Any]):
     """A dict of what teaching did and cost; ``print`` shows it as a table.
 
-    | key | what |
-    |---|---|
-    | ``keep_ratio_asked`` | examples planned / offered, over the passes begun (pools: chosen so far) |
-    | ``keep_ratio_achieved`` | examples trained on / offered; lower while a pass runs, and where batches drop tails |
-    | ``examples_trained_on``, ``examples_offered`` | counts over all ranks; in a full run they would be equal |
-    | ``passes``, ``lessons`` | passes begun; reduced lessons drawn |
-    | ``never_seen_ids`` | int64: ids whose score was never recorded |
-    | ``always_chosen_ids`` | int64: ids in every reduced lesson so far |
-    | ``demoted_ids`` | int64: ids that ``demote_after`` leaves to the floor now |
-    | ``turnover`` | for each reduced lesson after the first: share of it that was not in the one before |
-    | ``nonfinite_scores`` | scores recorded that were NaN or infinite |
-    | ``teaching_seconds`` | host seconds of this rank in record, merge, draw, choose |
-    | ``training_seconds`` | wall-clock seconds of this rank's passes, first draw to last record, teaching included |
-    | ``saved_seconds`` | seconds of the same passes on full data − training_seconds; None if unknown |
-    | ``saved_seconds_are`` | ``"measured"`` (full_seconds was given), ``"estimated"`` or ``"unknown"`` |
+    * ``keep_ratio_asked``: examples planned / offered, over the passes begun (pools: chosen so far)
+    * ``keep_ratio_achieved``: examples trained on / offered; lower while a pass runs, and where batches drop tails
+    * ``examples_trained_on``, ``examples_offered``: counts over all ranks; in a full run they would be equal
+    * ``passes``, ``lessons``: passes begun; reduced lessons drawn
+    * ``never_seen_ids``: int64: ids whose score was never recorded
+    * ``always_chosen_ids``: int64: ids in every reduced lesson so far
+    * ``demoted_ids``: int64: ids that ``demote_after`` leaves to the floor now
+    * ``turnover``: for each reduced lesson after the first: share of it that was not in the one before
+    * ``nonfinite_scores``: scores recorded that were NaN or infinite
+    * ``teaching_seconds``: host seconds of this rank in record, merge, draw, choose
+    * ``training_seconds``: wall-clock seconds of this rank's passes, first draw to last record, teaching included
+    * ``saved_seconds``: seconds of the same passes on full data − training_seconds; None if unknown
+    * ``saved_seconds_are``: ``"measured"`` (full_seconds was given), ``"estimated"`` or ``"unknown"``
 
     Keys that need ids are absent without ``num_examples``.
+
+    >>> summary = attent.Teacher(10, total_epochs=2).summary()
+    >>> summary["keep_ratio_asked"], summary["saved_seconds_are"]
+    (1.0, 'unknown')
     """
 
     def __str__(self) -> str:

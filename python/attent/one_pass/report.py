@@ -14,6 +14,11 @@ class OnePassReport:
     engines were not used. ``keep_ratio``: k / B of the last step. ``cost``: the step over a full step, estimated with a
     backward of twice a forward: (1 + 2r)/3 eager, (1 + 3r)/3 two-pass, 1 whole. ``probes``: probes run so far.
     ``verified``: gradients compared with the masked full backward; ``largest_error``: the largest relative difference.
+
+    >>> step = attent.OnePass(lambda x: x.square().sum(1), engine="two_pass")
+    >>> step.backward(step(torch.ones(4, 3, requires_grad=True)), torch.tensor([1, 2]))
+    >>> step.report().engine, step.report().keep_ratio
+    ('two_pass', 0.5)
     """
 
     engine: str | None

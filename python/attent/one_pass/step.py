@@ -184,7 +184,10 @@ class OnePass:
         return loss
 
     def backward(self, losses: Tensor, index: Tensor, weights: Tensor | None = None) -> None:
-        """``step.loss(losses, index, weights).backward()``: gradients of training on the chosen rows alone."""
+        """``step.loss(losses, index, weights).backward()``: gradients of training on the chosen rows alone.
+
+        ``losses`` ``[B]``, ``index`` int64 ``[k]`` and ``weights`` ``[k]`` as in :meth:`loss`.
+        """
         torch.autograd.backward(self.loss(losses, index, weights))
 
     def report(self) -> OnePassReport:

@@ -44,11 +44,12 @@ def score_and_select(
     without a valid token, or of weight 0, come after all others.
 
     Args:
-        input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing, softcap, shift,
-        example_weight, per_example, cu_seqlens, group, backend: as in :func:`attent.linear_cross_entropy`.
+        input, linear_weight, target: as in :func:`attent.linear_cross_entropy`.
         k: how many to choose, at most B.
         score: ``"loss"``, ``"logit"``, ``"hidden"`` or ``"head"``.
         temperature, floor, seed: as in :func:`attent.select_top_k`.
+        linear_bias, weight, ignore_index, label_smoothing, softcap, shift: as in :func:`attent.linear_cross_entropy`.
+        example_weight, per_example, cu_seqlens, group, backend: likewise.
 
     Returns:
         :class:`Selection`: index int64 ``[k]``, score ``[k]``, inclusion ``[k]``.

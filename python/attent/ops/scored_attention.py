@@ -39,6 +39,11 @@ class Readout(NamedTuple):
 
     ``weight`` ``[C, Hq * Dv]`` and ``bias`` ``[C]`` may be of any floating dtype; ``target`` ``[B]`` holds int32 or
     int64 labels in ``[0, C)``. ``pool``: the ``"mean"`` of an example's rows, the ``"first"`` or the ``"last"`` one.
+
+    >>> query, head = torch.randn(4, 2, 5, 8), torch.nn.Linear(2 * 8, 3)
+    >>> readout = attent.Readout(head.weight, torch.tensor([0, 1, 2, 0]), head.bias, pool="last")
+    >>> attent.scored_attention(query, query, query, readout=readout, score="logit").scores.shape
+    torch.Size([4])
     """
 
     weight: Tensor
@@ -48,7 +53,19 @@ class Readout(NamedTuple):
 
 
 class ScoredAttention(NamedTuple):
-    """What :func:`scored_attention` returns; None: not asked for."""
+    """What :func:`attent.scored_attention` returns; None: not asked for.
+
+    ``output`` ``[B, Hq, Tq, Dv]`` (packed: ``[total_q, Hq, Dv]``) in the query's dtype, and ``logsumexp`` ``[B, Hq,
+    Tq]`` (packed: ``[Hq, total_q]``), the natural logarithm of the softmax's denominator. ``losses`` ``[B]``;
+    with a readout ``logits`` ``[B, C]`` and ``pooled`` ``[B, Hq * Dv]``, what it classifies. ``scores`` ``[B]`` and
+    ``selection``, the top k. All but the output are float32 (float64 for float64 inputs). ``output``, ``losses`` and
+    ``logits`` carry gradients.
+
+    >>> query = torch.randn(4, 2, 5, 8)
+    >>> out = attent.scored_attention(query, query, query, target=query, score="residual", top_k=2)
+    >>> out.output.shape, out.losses.shape, out.selection.index.shape, out.logits
+    (torch.Size([4, 2, 5, 8]), torch.Size([4]), torch.Size([2]), None)
+    """
 
     output: Tensor | None
     logsumexp: Tensor | None

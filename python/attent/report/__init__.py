@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .log import TeachingLog
+from .log import TeachingLog, read_log
 from .page import report
 
-__all__ = ["TeachingLog", "report"]
+__all__ = ["TeachingLog", "read_log", "report"]

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import teacher_state
 from .._checks import check_tensor, refuse
+from .pictures import as_data_uri
 
 if TYPE_CHECKING:
     from ..teacher import Teacher
@@ -46,9 +47,11 @@ class TeachingLog:
         step: optimizer steps done before; 0 starts a new log.
         group_names: what classes or sources are called, by number.
         show: text of an example by its id, for the lists of examples; None: their ids only.
+        picture: image of an example by its id, ``[H, W]``, ``[1, H, W]`` or ``[3, H, W]``, uint8 or floats from 0 to 1,
+            for the same lists; shrunk to 64 pixels. None: no images.
 
     Raises:
-        ValueError: the teacher has no epochs.
+        ValueError: the teacher has no epochs; ``picture`` returns something else than an image.
 
     >>> import tempfile
     >>> teacher = attent.Teacher(4, total_epochs=1)
@@ -70,10 +73,11 @@ class TeachingLog:
         step: int = 0,
         group_names: list[str] | None = None,
         show: Callable[[int], str] | None = None,
+        picture: Callable[[int], Tensor] | None = None,
     ) -> None:
         teacher._need_epochs("TeachingLog")
         self._teacher = teacher
-        self._show = show
+        self._show, self._picture = show, picture
         self._path = Path(folder) / FILE
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if step == 0:
@@ -93,14 +97,22 @@ class TeachingLog:
         )
 
     def metric(self, name: str, value: float, step: int) -> None:
-        """Note a figure of the trainer's: a loss, an accuracy."""
+        """Note a figure of the trainer's, such as a loss: its ``name``, its ``value``, the optimizer ``step`` it is of.
+
+        Values that are not finite are left out.
+        """
         if math.isfinite(value):
             self._write("metric", step, name=name, value=float(value))
 
     def lesson(self, step: int, groups: Tensor | None = None, lengths: Tensor | None = None) -> None:
-        """Note how an epoch went. ``groups``, ``lengths`` int ``[N]``: class and tokens of each example, −1: unknown.
+        """Note how an epoch went, which ended at optimizer ``step``.
+
+        ``groups``, ``lengths`` int ``[N]``: class and tokens of each example, −1: unknown.
 
         In a distributed run, after :meth:`attent.Teacher.state_dict` or another merge; this one is no collective.
+
+        Raises:
+            ValueError: no epoch was begun; ``groups`` or ``lengths`` are not int ``[N]``.
         """
         teacher = self._teacher
         harvest, lessons = teacher._harvest, teacher._lessons
@@ -141,12 +153,12 @@ class TeachingLog:
             lessons_drawn=lessons.drawn,
             nonfinite_scores=store.nonfinite,
             coverage=coverage,
-            never_seen=self._examples(store.visits == 0),
-            always_chosen=self._examples(always),
-            suspected=self._examples(suspects),
+            never_seen=self._examples(store.visits == 0, groups),
+            always_chosen=self._examples(always, groups),
+            suspected=self._examples(suspects, groups),
         )
 
-    def _examples(self, which: Tensor) -> dict[str, Any]:
+    def _examples(self, which: Tensor, groups: Tensor | None) -> dict[str, Any]:
         """How many, and the first of them by score (those without one by id)."""
         assert self._teacher._harvest is not None
         ids = which.nonzero().squeeze(1)
@@ -159,7 +171,9 @@ class TeachingLog:
                 {
                     "id": i,
                     "score": float(scores[i]) if bool(scores[i].isfinite()) else None,
+                    "group": int(groups[i]) if groups is not None and groups[i] >= 0 else None,
                     "text": None if self._show is None else self._show(i)[:300],
+                    "picture": None if self._picture is None else as_data_uri(self._picture(i)),
                 }
                 for i in first
             ],
@@ -173,10 +187,19 @@ class TeachingLog:
 
 
 def read_log(run: str | Path) -> list[dict[str, Any]]:
-    """The events of a run, without those that a resumed run trained anew.
+    """The events of a run, a dict each, without those that a resumed run trained anew.
+
+    ``run``: the run's folder, or its ``teaching.jsonl``. Each event has ``event`` (``"run"``, ``"metric"`` or
+    ``"lesson"``), ``step`` and ``seconds``.
 
     Raises:
-        ValueError: there is no log in ``run`` (a folder, or the file itself), or it is another version's.
+        ValueError: there is no log in ``run``, or it is another version's.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     TeachingLog(folder, attent.Teacher(4, total_epochs=2)).metric("loss", 1.5, step=1)
+    ...     [(event["event"], event["step"]) for event in read_log(folder)]
+    [('run', 0), ('metric', 1)]
     """
     path = Path(run) / FILE if Path(run).is_dir() else Path(run)
     if not path.is_file():

@@ -7,65 +7,70 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from . import charts
-from .log import SUSPECTED_SHARE, bin_edges, read_log
-
-Events = list[dict[str, Any]]
-
-STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1340px; padding: 0 1rem; color: #222;
-       background: #fff; }
-h1 { margin-bottom: 0; } h2 { font-size: 1.05rem; margin: 0 0 .4rem; } .note { color: #555; margin: .2rem 0 .6rem; }
-.tiles { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0; }
-.tile { border: 1px solid #ccc; border-radius: 6px; padding: .5rem .9rem; min-width: 9.5rem; }
-.tile b { display: block; font-size: 1.35rem; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(460px, 1fr)); gap: 1rem; }
-section { border: 1px solid #ccc; border-radius: 6px; padding: .8rem 1rem; overflow-x: auto; }
-svg { width: 100%; height: auto; font: 12px system-ui, sans-serif; fill: #222; }
-.legend span { margin-right: 1.2rem; } .legend i { display: inline-block; width: .8rem; height: .8rem;
-  margin-right: .35rem; border-radius: 2px; vertical-align: -1px; }
-table { border-collapse: collapse; width: 100%; } td, th { text-align: left; padding: .15rem .6rem .15rem 0;
-  vertical-align: top; border-bottom: 1px solid #eee; }
-td.n { white-space: nowrap; font-variant-numeric: tabular-nums; }
-"""
+from .charts import Drawn, Table
+from .figures import Events, charts_of, lessons_of, the_run
+from .log import FILE, SUSPECTED_SHARE, read_log
+from .png import write_pngs
+from .style import STYLE
+from .svg import svg
 
 
-def report(run: str | Path, out: str | Path | None = None, compare: Sequence[str | Path] = ()) -> Path:
+def report(
+    run: str | Path,
+    out: str | Path | None = None,
+    compare: Sequence[str | Path] = (),
+    *,
+    png: str | Path | None = None,
+) -> Path:
     """Write the report of ``run``, a folder with ``teaching.jsonl`` (or that file); returns the page's path.
 
-    ``out``: where to; None: ``teaching.html`` beside the log. ``compare``: other runs, whose metrics are drawn along.
-    The page needs no network and runs no script.
+    The page needs no network and runs no script. It shows metrics against measured seconds, seconds spent and saved,
+    keep ratios asked and achieved, scores over time, turnover, coverage by class and by length, and examples to look
+    at: suspected label noise, always chosen, never seen.
+
+    Args:
+        run: the run's folder, or its log.
+        out: where the page goes; None: ``teaching.html`` beside the log.
+        compare: other runs, whose metrics are drawn along.
+        png: a folder for the charts as PNG files, drawn by matplotlib; None: none are written.
 
     Raises:
-        ValueError: there is no log in a run.
+        ValueError: there is no log in a run; ``png`` is asked for where matplotlib is not installed.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     log = attent.report.TeachingLog(folder, attent.Teacher(4, total_epochs=2))
+    ...     report(folder).name
+    'teaching.html'
     """
     events = read_log(run)
     others = [(str(other), read_log(other)) for other in compare]
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
     path = folder / "teaching.html" if out is None else Path(out)
+    name = str(folder.resolve())
+    if png is not None:
+        write_pngs(charts_of(name, events, others), Path(png))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(str(run), events, others), encoding="utf-8")
+    path.write_text(page(name, events, others), encoding="utf-8")
     return path
 
 
 def page(name: str, events: Events, others: Sequence[tuple[str, Events]] = ()) -> str:
     """The page as HTML text."""
-    run = [event for event in events if event["event"] == "run"][-1]
-    lessons = list({event["epoch"]: event for event in events if event["event"] == "lesson"}.values())
-    sections = [_metrics(name, events, others)]
-    if lessons:
-        sections += [_ratio(run, lessons), _seconds(lessons), _scores(lessons), _turnover(lessons)]
-        sections += _coverage(run, lessons)
-    tables = _examples(lessons[-1]) if lessons else []
-    settings = ", ".join(f"{key}={_short(value)}" for key, value in run["settings"].items())
+    run, lessons = the_run(events), lessons_of(events)
+    title = escape(f"Teaching report: {Path(name).name or name}")
+    charts = "".join(_figure(chart) for chart in charts_of(name, events, others))
+    examples = f"<h2>Examples to look at</h2>{_examples(run, lessons[-1])}" if lessons else ""
+    settings = "".join(f"<dt>{escape(key)}</dt><dd>{escape(_short(v))}</dd>" for key, v in run["settings"].items())
     return (
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-        f'content="width=device-width"><title>Teaching: {escape(name)}</title><style>{STYLE}</style></head><body>'
-        f"<h1>Teaching report: {escape(Path(name).name or name)}</h1>"
-        f'<p class="note">{escape(settings)}</p>{_tiles(run, lessons)}'
-        f'<div class="grid">{"".join(section for section in sections if section)}</div>'
-        f'<div class="grid" style="margin-top:1rem">{"".join(tables)}</div></body></html>\n'
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title>'
+        f"<style>{STYLE}</style></head><body><header><h1>{title}</h1>"
+        f'<p class="lead">{escape(_in_words(run, lessons))}</p></header><main>{_tiles(run, lessons)}'
+        f'<details><summary>Settings of the teacher</summary><dl class="settings">{settings}</dl></details>'
+        f'<h2>What was taught, and what it took</h2><div class="grid">{charts}</div>{examples}</main>'
+        f"<footer>Made by attent report from {FILE}. Seconds are wall clock, of the machine that trained.</footer>"
+        "</body></html>\n"
     )
 
 
@@ -77,151 +82,118 @@ def _short(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _section(title: str, note: str, chart: str) -> str:
-    return f'<section><h2>{escape(title)}</h2><p class="note">{escape(note)}</p>{chart}</section>'
-
-
 # ---------------------------------------------------------------------------------------------------------------- parts
 
 
-def _tiles(run: dict[str, Any], lessons: Events) -> str:
+def _in_words(run: dict[str, Any], lessons: Events) -> str:
     planned = len(run["epoch_sizes"])
-    tiles = [("examples", f"{run['num_examples']:,}"), ("epochs", f"{len(lessons)} of {planned}")]
+    if not lessons:
+        return f"No epoch of the {planned} planned is complete yet."
+    last, offered = lessons[-1], run["num_examples"] * len(lessons)
+    trained = sum(lesson["trained_on"] for lesson in lessons)
+    words = (
+        f"{len(lessons)} of {planned} epochs over {run['num_examples']:,} examples trained on "
+        f"{100 * trained / offered:.0f} % of what full epochs would have, in {last['seconds']:.1f} seconds. "
+        f"Teaching took {_seconds(last['teaching_seconds'])} of them"
+    )
+    saved = last["saved_seconds"]
+    if saved is None:
+        return f"{words}."
+    share = f"{100 * abs(saved) / (last['seconds'] + saved):.0f} %" if last["seconds"] + saved > 0 else "–"
+    what = "saved" if saved >= 0 else "cost"
+    how = last["saved_seconds_are"]
+    return f"{words} and {what} {abs(saved):.1f} seconds ({how}), {share} of the time that full epochs take."
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f}" if value >= 1 else f"{value:.3f}"
+
+
+def _tiles(run: dict[str, Any], lessons: Events) -> str:
+    tiles = [("examples", f"{run['num_examples']:,}"), ("epochs", f"{len(lessons)} of {len(run['epoch_sizes'])}")]
     if lessons:
         offered, last = run["num_examples"] * len(lessons), lessons[-1]
-        trained = sum(lesson["trained_on"] for lesson in lessons)
-        asked = sum(lesson["asked"] for lesson in lessons)
+        asked, trained = (sum(lesson[key] for lesson in lessons) for key in ("asked", "trained_on"))
         tiles += [
             ("keep ratio asked", f"{asked / offered:.3f}"),
             ("keep ratio achieved", f"{trained / offered:.3f}"),
             ("seconds of training", f"{last['seconds']:.1f}"),
-            ("of which teaching", f"{last['teaching_seconds']:.2f}"),
+            ("of which teaching", _seconds(last["teaching_seconds"])),
         ]
         if last["saved_seconds"] is not None:
             tiles.append((f"seconds saved ({last['saved_seconds_are']})", f"{last['saved_seconds']:.1f}"))
+        if last["nonfinite_scores"]:
+            tiles.append(("scores not finite", f"{last['nonfinite_scores']:,}"))
+    cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in tiles)
+    return f'<dl class="tiles">{cells}</dl>'
+
+
+def _figure(chart: Drawn) -> str:
     return (
-        f'<div class="tiles">{"".join(f"<div class=tile>{escape(k)}<b>{escape(v)}</b></div>" for k, v in tiles)}</div>'
+        f'<figure id="{escape(chart.name, quote=True)}"><figcaption><h3>{escape(chart.title)}</h3>'
+        f'<p class="note">{escape(chart.note)}</p></figcaption>{svg(chart)}'
+        '<details><summary>The numbers</summary><div class="scroll" tabindex="0">'
+        f"{_table(chart.table())}</div></details></figure>"
     )
 
 
-def _metrics(name: str, events: Events, others: Sequence[tuple[str, Events]]) -> str:
-    """What was evaluated, else the training loss; a scale of its own for each."""
-    found = {event["name"] for event in events if event["event"] == "metric"}
-    skipped = ("_runtime", "_per_second", "_time")
-    evaluated = sorted(n for n in found if n != "loss" and not n.endswith(skipped))
-    wanted = evaluated or sorted(found & {"loss"})
-    drawn = []
-    for metric in wanted[:4]:
-        series = []
-        for label, log in ((name, events), *others):
-            curve = [(e["seconds"], e["value"]) for e in log if e["event"] == "metric" and e["name"] == metric]
-            if curve:
-                series.append((Path(label).name or label, curve))
-        drawn.append(charts.lines(series, "measured seconds of training, teaching included", metric))
-    return _section("Metrics", "Against measured seconds, not against steps.", "".join(drawn)) if drawn else ""
+def _table(table: Table) -> str:
+    header, rows = table
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _ratio(run: dict[str, Any], lessons: Events) -> str:
-    n = run["num_examples"]
-    asked, achieved = [e["asked"] / n for e in lessons], [e["trained_on"] / n for e in lessons]
-    labels = [str(e["epoch"]) for e in lessons]
-    note = (
-        "Share of all examples, by epoch. Achieved is lower where batches drop tails or a run was resumed or stopped."
-    )
-    return _section("Keep ratio", note, charts.bars(labels, [("asked", asked), ("achieved", achieved)], "share"))
-
-
-def _seconds(lessons: Events) -> str:
-    labels, learning, teaching = [], [], []
-    before = {"seconds": 0.0, "teaching_seconds": 0.0}
-    for e in lessons:
-        spent = e["teaching_seconds"] - before["teaching_seconds"]
-        labels.append(str(e["epoch"]))
-        teaching.append(max(spent, 0.0))
-        learning.append(max(e["seconds"] - before["seconds"] - spent, 0.0))
-        before = e
-    saved = lessons[-1]["saved_seconds"]
-    note = "Wall-clock seconds of each epoch, from its draw to its last score; teaching is recording, merging, drawing."
-    if saved is not None:
-        how = lessons[-1]["saved_seconds_are"]
-        note += f" Saved in all: {saved:.1f} s, {how}"
-        note += " from this run's seconds per example." if how == "estimated" else "."
-    return _section("Seconds", note, charts.bars(labels, [("training", learning), ("teaching", teaching)], "seconds"))
-
-
-def _scores(lessons: Events) -> str:
-    edges = bin_edges()
-    edges = [edges[0] ** 2 / edges[1], *edges, edges[-1] ** 2 / edges[-2]]
-    used = {int(i) for lesson in lessons for i in lesson["histogram"]}
-    if not used:
-        return ""
-    low, high = min(used), max(used)
-    cells = []
-    for lesson in lessons:
-        total = sum(lesson["histogram"].values()) or 1
-        cells.append([lesson["histogram"].get(str(i), 0) / total for i in range(low, high + 1)])
-    medians = [lesson["quantiles"][2] if lesson["quantiles"] else 0.0 for lesson in lessons]
-    chart = charts.heatmap([str(e["epoch"]) for e in lessons], edges[low : high + 2], cells, "epoch", "score", medians)
-    note = "Last known score of every example after each epoch; darker: more examples; the line is the median."
-    return _section("Scores over time", note, chart)
-
-
-def _turnover(lessons: Events) -> str:
-    reduced = [e for e in lessons if e["turnover"] is not None]
-    if not reduced:
-        return ""
-    note = "Share of each epoch's lesson that was not in the lesson before."
-    chart = charts.bars([str(e["epoch"]) for e in reduced], [("new", [e["turnover"] for e in reduced])], "share")
-    return _section("Turnover", note, chart)
-
-
-def _coverage(run: dict[str, Any], lessons: Events) -> list[str]:
-    reduced = [lesson for lesson in lessons if not lesson["full"]]
-    sections = []
-    for kind, title in (("group", "Coverage by class"), ("length", "Coverage by length in tokens")):
-        # Classes and lengths become known as examples are seen; bins as of the last lesson that has them.
-        with_it = [lesson for lesson in reduced if kind in lesson["coverage"]]
-        if not with_it:
-            continue
-        labels, examples = (with_it[-1]["coverage"][kind][key] for key in ("labels", "examples"))
-        same = [lesson for lesson in with_it if lesson["coverage"][kind]["labels"] == labels]
-        share = [
-            sum(lesson["coverage"][kind]["chosen"][i] for lesson in same) / (len(same) * examples[i])
-            if examples[i]
-            else 0.0
-            for i in range(len(labels))
-        ]
-        names = run["group_names"] if kind == "group" and run["group_names"] else labels
-        usual = sum(lesson["asked"] for lesson in same) / (len(same) * run["num_examples"])
-        note = f"Share of each that reduced lessons chose, mean of {len(same)}; dashed: share of all examples."
-        sections.append(
-            _section(
-                title, note, charts.bars(names[: len(labels)], [("chosen", share)], "share chosen", "", line_at=usual)
-            )
-        )
-    return sections
-
-
-def _examples(lesson: dict[str, Any]) -> list[str]:
-    share = f"{100 * SUSPECTED_SHARE:g} %"
+def _examples(run: dict[str, Any], lesson: dict[str, Any]) -> str:
     kinds = (
         ("suspected", "Suspected label noise",
-         f"Among the highest {share} of scores, and no new lowest score in the last visits: hard, and stays hard. Look "
-         "at the label before you trust it; hard and rare examples are here too."),
+         f"Among the highest {100 * SUSPECTED_SHARE:g} % of scores, without a new lowest score in the last visits: "
+         "hard, and stays hard. Look before you judge: rare and hard examples are here too."),
         ("always_chosen", "Always chosen", "In every reduced lesson so far (two or more)."),
         ("never_seen", "Never seen", "No score was ever recorded."),
     )  # fmt: skip
-    sections = []
-    for key, title, note in kinds:
-        rows = "".join(
-            f'<tr><td class="n">{example["id"]}</td><td class="n">'
-            f"{'–' if example['score'] is None else format(example['score'], '.3g')}</td>"
-            f"<td>{escape(example['text'] or '')}</td></tr>"
-            for example in lesson[key]["first"]
-        )
-        count = lesson[key]["count"]
-        table = f"<table><tr><th>id</th><th>score</th><th>example</th></tr>{rows}</table>" if count else "<p>None.</p>"
-        shown = len(lesson[key]["first"])
-        more = f" The first {shown} by score:" if count > shown else ""
-        sections.append(_section(f"{title}: {count}", note + more, table))
-    return sections
+    return "".join(
+        f'<section class="wide"><h3>{title}: {lesson[key]["count"]:,}</h3>'
+        f'<p class="note">{escape(note)}{_how_many_are_shown(lesson[key])}</p>'
+        f"{_example_list(lesson[key]['first'], run['group_names'] or [])}</section>"
+        for key, title, note in kinds
+    )
+
+
+def _how_many_are_shown(examples: dict[str, Any]) -> str:
+    shown = len(examples["first"])
+    return f" The first {shown} by score:" if examples["count"] > shown else ""
+
+
+def _example_list(examples: Events, group_names: Sequence[str]) -> str:
+    """A table; a gallery where there are pictures and no text. What no example has is left out."""
+    if not examples:
+        return "<p>None.</p>"
+    told = any(example.get("text") for example in examples)
+    cells = [_cells(example, group_names) for example in examples]
+    if cells[0]["picture"] and not told:
+        tiles = (f"<li>{c['picture']}<b>{c['class']}</b>#{c['id']}, {c['score']}</li>" for c in cells)
+        return f'<ul class="gallery">{"".join(tiles)}</ul>'
+    columns = [name for name in ("id", "score", "class", "picture", "example") if any(cell[name] for cell in cells)]
+    kinds = ["n" if name in ("id", "score") else "text" if name == "example" else "" for name in columns]
+    named = list(zip(columns, kinds, strict=True))
+    head = "".join(f'<th scope="col" class="{kind}">{name}</th>' for name, kind in named)
+    rows = ("".join(f'<td class="{kind}">{cell[name]}</td>' for name, kind in named) for cell in cells)
+    return (
+        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table></div>"
+    )
+
+
+def _cells(example: dict[str, Any], group_names: Sequence[str]) -> dict[str, str]:
+    """An example's columns as HTML."""
+    group, picture = example.get("group"), example.get("picture")
+    named = group is not None and group < len(group_names)
+    alt = f"example {example['id']}"
+    return {
+        "id": str(example["id"]),
+        "score": "–" if example["score"] is None else format(example["score"], ".3g"),
+        "class": "" if group is None else escape(str(group_names[group]) if named else str(group)),
+        "picture": f'<img src="{escape(picture, quote=True)}" alt="{alt}" width="48" height="48">' if picture else "",
+        "example": escape(example.get("text") or ""),
+    }
