@@ -10,11 +10,9 @@ place of Trainer, and ``teaching=`` its one new argument: everything else is as 
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
-import torch
-from pretrained import PACKAGES, docstrings, model_folder
+from pretrained import PACKAGES, docstrings, model_folder, trainer_options, training_arguments
 from torch.utils.data import Dataset
 
 
@@ -34,21 +32,13 @@ class Texts(Dataset[dict[str, Any]]):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = trainer_options(__doc__, out="runs/finetune")
     parser.add_argument("--model", help="a folder as save_pretrained leaves it (default: MiniLM's package)")
     parser.add_argument("--texts", type=int, default=60, help="at most so many of each package")
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--length", type=int, default=48, help="tokens of a text that are read")
-    parser.add_argument("--out", default="runs/finetune")
     args = parser.parse_args()
 
-    from transformers import (
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        DataCollatorWithPadding,
-        TrainingArguments,
-    )
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
     from attent.integrations.transformers import TeachingArguments, TeachingTrainer
 
@@ -62,18 +52,7 @@ def main() -> None:
 
     trainer = TeachingTrainer(
         model,
-        TrainingArguments(
-            args.out,
-            num_train_epochs=args.epochs,
-            per_device_train_batch_size=16,
-            per_device_eval_batch_size=64,
-            learning_rate=1e-4,
-            eval_strategy="epoch",
-            logging_strategy="epoch",
-            save_strategy="no",
-            report_to=[],
-            use_cpu=not torch.accelerator.is_available(),
-        ),
+        training_arguments(args, learning_rate=1e-4),
         train_dataset=Texts(train, tokenizer, args.length),
         eval_dataset=Texts(test, tokenizer, args.length),
         data_collator=DataCollatorWithPadding(tokenizer),

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import attent
-from attent.checkpoint import write_state
+from attent.checkpoint import read_file, write_state
 
 CLASSES, LENGTH, BATCH, EPOCHS = 8, 7, 16, 6
 
@@ -72,7 +72,7 @@ def main() -> None:
     args.state.parent.mkdir(parents=True, exist_ok=True)
     step = 0
     if args.state.is_file():
-        saved = torch.load(args.state, weights_only=True)
+        saved = read_file(args.state)
         teacher.load_state_dict(saved["teacher"])
         bare.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib.util
 import sysconfig
@@ -52,6 +53,34 @@ def docstrings(most_each: int) -> list[tuple[str, int]]:
         chosen = sorted(texts, key=lambda text: zlib.crc32(text.encode()))[:most_each]
         found += [(text, label) for text in chosen]
     return sorted(found, key=lambda pair: zlib.crc32(pair[0].encode()))
+
+
+def trainer_options(description: str | None, out: str) -> argparse.ArgumentParser:
+    """The command line that the examples of transformers' Trainer have in common."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--out", default=out)
+    return parser
+
+
+def training_arguments(args: argparse.Namespace, learning_rate: float, **options: Any) -> Any:
+    """transformers' ``TrainingArguments`` of that command line: an evaluation an epoch, no checkpoints."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        args.out,
+        num_train_epochs=args.epochs,
+        per_device_train_batch_size=16,
+        per_device_eval_batch_size=64,
+        learning_rate=learning_rate,
+        eval_strategy="epoch",
+        logging_strategy="epoch",
+        save_strategy="no",
+        report_to=[],
+        use_cpu=not torch.accelerator.is_available(),
+        **options,
+    )
 
 
 @torch.no_grad()

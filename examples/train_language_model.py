@@ -12,12 +12,11 @@ the loss and the scores come from the last hidden states.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
-from pretrained import docstrings
+from pretrained import docstrings, trainer_options, training_arguments
 
 
 def read_texts(path: Path | None) -> bytes:
@@ -38,19 +37,16 @@ def rows(data: bytes, length: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = trainer_options(__doc__, out="runs/language")
     parser.add_argument(
         "--texts", type=Path, metavar="FILE_OR_FOLDER", help="default: the standard library's docstrings"
     )
     parser.add_argument("--rows", type=int, default=1500, help="at most so many rows to train on")
     parser.add_argument("--length", type=int, default=128, help="bytes in a row")
     parser.add_argument("--width", type=int, default=96)
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--ratio", type=float, default=0.5)
-    parser.add_argument("--out", default="runs/language")
     args = parser.parse_args()
 
-    from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
     from attent.integrations.transformers import TeachingArguments, TeachingTrainer
 
@@ -76,19 +72,7 @@ def main() -> None:
     )
     trainer = TeachingTrainer(
         model,
-        TrainingArguments(
-            args.out,
-            num_train_epochs=args.epochs,
-            per_device_train_batch_size=16,
-            per_device_eval_batch_size=64,
-            learning_rate=2e-3,
-            eval_strategy="epoch",
-            logging_strategy="epoch",
-            save_strategy="no",
-            prediction_loss_only=True,
-            report_to=[],
-            use_cpu=not torch.accelerator.is_available(),
-        ),
+        training_arguments(args, learning_rate=2e-3, prediction_loss_only=True),
         train_dataset=train,
         eval_dataset=test,
         teaching=TeachingArguments(ratio=args.ratio, score="head"),

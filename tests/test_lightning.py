@@ -62,8 +62,8 @@ def fit(
     saving = lightning.callbacks.ModelCheckpoint(folder, save_top_k=-1, filename="{step}", **when)
     usual = {"max_epochs": EPOCHS, "reload_dataloaders_every_n_epochs": 1, "use_distributed_sampler": False}
     trainer = lightning.Trainer(
-        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[learner.teaching, saving], **{**usual, **options},
+        accelerator="cpu", devices=1, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[learner.teaching, saving], **{**usual, "logger": False, **options},
     )  # fmt: skip
     with warnings.catch_warnings(), contextlib.suppress(Crash):
         warnings.simplefilter("ignore")  # Lightning's advice about workers and resuming
@@ -84,6 +84,30 @@ def test_epochs_steps_and_learning_rate_follow_the_lessons(tmp_path: Path) -> No
     summary = learner.teacher.summary()
     assert summary["lessons"] == 2 and summary["examples_trained_on"] == 4 * 16
     assert trainer.callback_metrics["teaching/keep_ratio"] == 1.0
+
+
+def test_the_teachers_figures_reach_the_trainers_loggers_once_an_epoch(tmp_path: Path) -> None:
+    class Recording(lightning.loggers.Logger):  # type: ignore[misc]
+        name, version = "recording", 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.logged: list[dict[str, float]] = []
+
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            self.logged.append({name: value for name, value in metrics.items() if name.startswith("teaching/")})
+
+        def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+    recording = Recording()
+    _, learner = fit(tmp_path, logger=recording)
+    logged = [metrics for metrics in recording.logged if metrics]
+    ratios = [metrics["teaching/keep_ratio"] for metrics in logged]
+    assert ratios == pytest.approx([size / N for size in learner.teacher.epoch_sizes()])  # float32 on the way
+    assert all(metrics["teaching/seconds"] > 0 for metrics in logged)
+    turnover = learner.teacher.summary()["turnover"]
+    assert [metrics.get("teaching/turnover") for metrics in logged[2:]] == pytest.approx([turnover[0]] * 2)
 
 
 # Steps: 6, 2, 2, 6. Saved within the warm-up; at the last step of an epoch, where the next is as long, and longer, and

@@ -137,6 +137,41 @@ def test_weights_multiply_each_examples_loss_and_nothing_else(tmp_path: Path) ->
         torch.testing.assert_close(loss.double(), (each * weight).sum() / (labels != -100).sum(), rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("kind", ["Llama", "Mixtral"])
+def test_weights_beside_the_models_own_loss_do_what_they_do_in_the_fused_one(tmp_path: Path, kind: str) -> None:
+    """Of padding-free batches (Llama) and beside an auxiliary loss (Mixtral): same value, same gradients.
+
+    The model takes its softmax in float32: bounds as in compare_with_the_plain_trainer.
+    """
+    experts = {"output_router_logits": True, "router_aux_loss_coef": 0.5, "num_local_experts": 2}
+    model = language_model(kind, **({**experts, "experts_implementation": "eager"} if kind == "Mixtral" else {}))
+    model, data, collate = model.double(), texts(8), None
+    if kind == "Llama":
+        model.set_attn_implementation("eager")
+        documents = [item["input_ids"][item["input_ids"] > 0].tolist() for item in data]
+        data, collate = [{"input_ids": row, "documents": [row]} for row in documents], flattened
+    found = []
+    for keep in (False, True):
+        trainer = TeachingTrainer(
+            model,
+            arguments(tmp_path, remove_unused_columns=False),
+            train_dataset=[{name: value for name, value in item.items() if name != "remark"} for item in data],
+            data_collator=collate,
+            teaching=TeachingArguments(reweight="inverse", keep_logits=keep),
+        )
+        batch = batch_of(trainer)
+        trainer.teacher.weights = lambda ids: torch.tensor([0.5, 2.0, 1.0, 0.0])  # type: ignore[method-assign]
+        model.train()
+        loss = trainer.compute_loss(model, dict(batch))
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
+        model.zero_grad(set_to_none=True)
+    (loss, wanted), (loss_beside, beside) = found
+    torch.testing.assert_close(loss_beside.double(), loss, rtol=4e-6, atol=0)
+    for name, grad in beside.items():
+        assert (grad - wanted[name]).norm() <= 1e-5 * wanted[name].norm(), name
+
+
 # ------------------------------------------------------------------------------------------------- the run as planned
 
 
@@ -162,6 +197,37 @@ def test_steps_learning_rate_and_epoch_follow_the_lessons(tmp_path: Path, drop_l
     assert [logged[end - 1]["epoch"] for end in ends] == [1, 2, 3, 4]
     assert {"teaching/score_mean", "teaching/keep_ratio", "teaching/seconds"} <= set(logged[0])
     assert all(len(set(ids)) == len(ids) for ids in trainer.seen.values())
+
+
+def test_the_teachers_figures_reach_the_trainers_loggers_as_scalars_beside_the_loss(tmp_path: Path) -> None:
+    """As TensorBoard's and Weights & Biases' callbacks get them: by ``on_log``, renamed by ``rewrite_logs``."""
+    from transformers.integrations.integration_utils import rewrite_logs
+
+    class Recording(transformers.TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.logged: list[dict[str, Any]] = []
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            self.logged.append({"step": state.global_step, **rewrite_logs(logs)})
+
+    recording = Recording()
+    args = arguments(tmp_path, logging_strategy="epoch", eval_strategy="epoch")
+    trainer = TeachingTrainer(
+        language_model(), args, train_dataset=texts(16), eval_dataset=texts(4), callbacks=[recording]
+    )
+    trainer.train()
+    losses = [logs for logs in recording.logged if "train/loss" in logs]
+    ours = {name for logs in recording.logged for name in logs if "teaching" in name}
+    assert ours == {f"train/teaching/{name}" for name in ("score_mean", "keep_ratio", "seconds", "turnover")}
+    assert all(isinstance(logs[name], float) for logs in losses for name in ours & set(logs))
+    assert all(set(logs).isdisjoint(ours) for logs in recording.logged if "train/loss" not in logs)
+    assert [logs["step"] for logs in losses] == [4, 6, 8, 12]
+    assert [logs["train/teaching/keep_ratio"] for logs in losses] == [1.0, 0.5, 0.5, 1.0]
+    seconds = [logs["train/teaching/seconds"] for logs in losses]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+    # The second reduced lesson is the first that may differ from one before.
+    turnover = trainer.teacher.summary()["turnover"]
+    assert [logs.get("train/teaching/turnover") for logs in losses] == [None, None, turnover[0], turnover[0]]
 
 
 # ------------------------------------------------------------------------------------------- others' trainers and data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,21 @@ def test_resuming_with_another_global_batch_is_refused(tmp_path: Path) -> None:
     args = arguments(tmp_path, per_device_train_batch_size=2)
     with pytest.raises(ValueError, match="same global batch"):
         TeachingTrainer(language_model(), args, train_dataset=texts(20)).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("torn", ["trainer_state.json", "teacher.pt", "model.safetensors"])
+def test_a_newest_checkpoint_that_was_cut_off_costs_its_steps_only(tmp_path: Path, whole: Traced, torn: str) -> None:
+    killed = saving_trainer(tmp_path, Trace(8))
+    with contextlib.suppress(KeyboardInterrupt):
+        killed.train()
+    newest = tmp_path / "checkpoint-7"
+    file = newest / torn
+    file.write_bytes(file.read_bytes()[: random.randrange(file.stat().st_size)])
+    if torn == "model.safetensors":  # whatever the trainer was writing, its own state was yet to come
+        (newest / "trainer_state.json").unlink()
+    resumed = saving_trainer(tmp_path)
+    with pytest.warns(RuntimeWarning, match=r"checkpoint-7 is not whole"):
+        resumed.train(resume_from_checkpoint=True)
+    assert resumed.seen == {step: ids for step, ids in whole.seen.items() if step >= 6}
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name

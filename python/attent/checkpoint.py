@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +29,7 @@ def write_state(state: dict[str, Any], path: str | Path) -> None:
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(unfinished, "wb") as file:
+        with open(unfinished, "wb") as file, _with_checksums():
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())  # the rename must not reach the disk before the contents
@@ -39,7 +42,7 @@ def read_state(teacher: Teacher, path: str | Path) -> dict[str, Any]:
     """Load ``path``, a file of :func:`write_state`, into ``teacher``; returns the state.
 
     Raises:
-        ValueError: the file is not there, or not a state of this teacher.
+        ValueError: the file is not there, is torn, or is not a state of this teacher.
 
     >>> import tempfile
     >>> teacher = attent.Teacher(4, total_epochs=2)
@@ -48,8 +51,48 @@ def read_state(teacher: Teacher, path: str | Path) -> dict[str, Any]:
     ...     sorted(read_state(teacher, f"{folder}/teacher.pt")["position"])
     ['epoch', 'position']
     """
-    if not Path(path).is_file():
-        refuse("checkpoint", f"no {path}", "a checkpoint saved while the teacher was in use, which holds its state")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_file(path)
     teacher.load_state_dict(state)
     return state
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The state in a file of :func:`write_state`, on the CPU, if it is whole.
+
+    ``torch.load`` finds a file that was cut off; a byte that changed in a tensor it does not, so the checksums that
+    ``torch.save`` wrote are looked at first.
+
+    Raises:
+        ValueError: the file is not there, or is not what :func:`write_state` wrote.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_state({"step": 3, "teacher": {}}, f"{folder}/state.pt")
+    ...     read_file(f"{folder}/state.pt")["step"]
+    3
+    """
+    if not Path(path).is_file():
+        refuse("checkpoint", f"no {path}", "a checkpoint saved while the teacher was in use, which holds its state")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+            for record in archive.infolist():
+                if record.external_attr & 0x10:  # one bit of the directory makes torch read nothing into a tensor
+                    damaged = record.filename
+        state: dict[str, Any] = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever garbled bytes make of themselves
+        damaged = f"{type(error).__name__}: {error}"
+    if damaged:
+        refuse("checkpoint", f"{path}, which is torn or no such file ({damaged})", "a file that write_state wrote")
+    return state
+
+
+@contextmanager
+def _with_checksums() -> Iterator[None]:
+    """Whatever is set elsewhere, what is saved here has its checksums."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)

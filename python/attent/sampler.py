@@ -320,8 +320,15 @@ class _Pass(Iterator[Any]):
         return {"epoch": epoch, "position": start + self._sampler.num_replicas * self._yielded}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Give out what follows a saved position."""
+        """Give out what follows a saved position.
+
+        A loader that stopped at an epoch's last batch saved that place, and going on there would make an epoch of
+        nothing. A teacher that was loaded too knows that the epoch was over.
+        """
         self._sampler.load_state_dict(state)
+        resume = self._sampler._teacher._resume
+        if resume[0] > state["epoch"]:
+            self._sampler._reset(*resume)
         self._units, self._yielded = None, 0
 
 

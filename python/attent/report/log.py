@@ -205,7 +205,7 @@ def read_log(run: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         refuse("run", f"{run}, without {FILE}", "a folder that a trainer with a teacher wrote to")
     events: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             event = json.loads(line)
         except json.JSONDecodeError:

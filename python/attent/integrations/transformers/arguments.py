@@ -22,8 +22,8 @@ class TeachingArguments:
             :func:`attent.linear_cross_entropy`), ``"hidden"`` or ``"loss"``.
         per_example: ``"rms"`` (neutral to length), ``"mean"`` or ``"sum"``.
         keep_logits: for language models: the model computes its logits and its own loss as ever, and scores are
-            computed beside them. For trainers that read logits while training (TRL's SFTTrainer does), and for models
-            that do not use transformers' common loss.
+            computed beside them. For trainers that read logits while training, and for models that do not use
+            transformers' common loss. TRL's trainers bring a fused head of their own: there it changes nothing.
         teaching_log: write ``teaching.jsonl`` into ``output_dir``, which ``attent report`` draws.
 
     >>> from attent.integrations.transformers import TeachingArguments

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from ..._checks import describe, refuse
 
 ID = "example_id"
+IGNORED = -100
 CU_SEQLENS = "example_cu_seqlens"  # of a batch that holds its examples in one row
 
 
@@ -50,6 +51,9 @@ class NumberedCollator:
             # Padding-free. The items' own lengths say where each begins: positions that start at 0 would say where
             # documents do, and an example may be a row packed from several.
             lengths = [len(item["input_ids"]) for _, item in numbered]
+            padding = tokens.shape[1] - sum(lengths)  # up to a multiple; no target is in it
+            if padding > 0 and bool((batch["labels"][0, -padding:] == IGNORED).all()):
+                lengths[-1] += padding
             if sum(lengths) != tokens.shape[1]:
                 got = f"one that made {tokens.shape[1]} tokens in one row of {sum(lengths)} in {len(lengths)} examples"
                 refuse("data_collator", got, "one that keeps all tokens of its examples, or a row for each of them")

@@ -7,13 +7,15 @@ ranks, auxiliary losses). What differs is the head, and only while it does:
   :func:`attent.linear_cross_entropy` inside its own ``forward`` (so that its hooks run: sharded weights are there), and
   the model's ``loss_function`` returns that loss.
 * :class:`LossBeside`, classifiers and ``keep_logits``: the model computes its own logits and its own loss; scores are
-  computed beside them from what went into the head.
+  computed beside them from what went into the head, inside its ``forward`` too.
+* ``trl_head.py``: the trainer's own fused head computes the loss, without logits; scores beside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,13 +25,37 @@ from torch.nn import functional as F
 from ..._checks import describe, refuse
 from ...ops.linear_cross_entropy import linear_cross_entropy
 from .arguments import TeachingArguments
+from .examples import IGNORED
 from .heads import Head
 
-IGNORED = -100
+
+@dataclass(frozen=True)
+class Targets:
+    """What a batch is to predict. ``shift``: targets ``[B, T]`` yet to be shifted by one. ``segments``: cu_seqlens of a
+    batch that holds its examples in one row; None where rows are examples.
+    """
+
+    target: Tensor
+    shift: bool
+    segments: Tensor | None
+
+    def counted(self) -> Tensor:
+        """Which targets count, bool, as the loss sees them: shifted."""
+        counted = self.target[:, 1:] if self.shift else self.target
+        return counted != IGNORED
+
+    def lengths(self) -> Tensor:
+        """How many targets of each example count, ``[B]``."""
+        counted = (self.target != IGNORED).long()
+        if self.segments is None:
+            return counted[:, 1 if self.shift else 0 :].sum(1)
+        before = F.pad(counted[0].cumsum(0), (1, 0))
+        begin, end = self.segments[:-1].long(), self.segments[1:].long()
+        return before[end] - before[begin + 1 if self.shift else begin]
 
 
-class FusedLoss:
-    """Loss and scores of a causal language model without its logits."""
+class ScoredLoss:
+    """What the ways to a loss share: the head, the options, and the one call that scores."""
 
     def __init__(self, head: Head, teaching: TeachingArguments, smoothing: float) -> None:
         self.head, self.teaching, self.smoothing = head, teaching, smoothing
@@ -43,36 +69,60 @@ class FusedLoss:
         examples: int,
         cu_seqlens: Tensor | None,
         weight: Tensor | None,
+        need_outputs: bool,
     ) -> tuple[Tensor, Any, Tensor]:
-        """``(loss, outputs, scores [examples])``; ``compute_loss(True)`` is the trainer's, ``base`` the bare model."""
-        target, shift = _targets(inputs)
-        segments = _segments(cu_seqlens, examples, target)
+        """``(loss, outputs, scores [examples])``; with ``weight`` ``[examples]`` each example's loss counts so often.
+
+        ``compute_loss(outputs_too)`` is the trainer's, ``base`` the bare model; ``outputs`` may be None unless
+        ``need_outputs``.
+        """
+        raise NotImplementedError
+
+    def score(self, hidden: Tensor, targets: Targets, reduction: str, weight: Tensor | None = None) -> Any:
+        """Loss and scores of what goes into the head. Only while the head's module runs: sharded weights are there."""
+        head, flat = self.head, targets.segments is not None
+        if head.language and hidden.shape[:-1] != targets.target.shape:
+            refuse("labels", describe(targets.target), f"[B, T] like the head's input, {describe(hidden)}")
+        scaled = hidden if head.scale == 1 else hidden * head.scale
+        return linear_cross_entropy(
+            scaled.flatten(0, 1) if flat else scaled,
+            head.linear.weight,
+            targets.target.flatten() if flat else targets.target,
+            linear_bias=None if head.linear.bias is None else head.linear.bias * head.scale,
+            reduction=reduction,
+            ignore_index=IGNORED,
+            label_smoothing=self.smoothing,
+            softcap=head.softcap,
+            shift=targets.shift,
+            example_weight=weight,
+            score=self.teaching.score,
+            per_example=self.teaching.per_example,
+            cu_seqlens=targets.segments,
+        )
+
+
+class FusedLoss(ScoredLoss):
+    """Loss and scores of a causal language model without its logits."""
+
+    def __call__(
+        self,
+        compute_loss: Callable[[bool], Any],
+        base: Any,
+        inputs: MutableMapping[str, Any],
+        examples: int,
+        cu_seqlens: Tensor | None,
+        weight: Tensor | None,
+        need_outputs: bool,
+    ) -> tuple[Tensor, Any, Tensor]:
+        targets = language_targets(inputs, examples, cu_seqlens)
         head = self.head
         seen: dict[str, Any] = {}
 
         def forward(hidden: Tensor) -> Tensor:
-            linear = head.linear
-            if hidden.shape[:-1] != target.shape:
-                refuse("labels", describe(target), f"[B, T] like the head's input, {describe(hidden)}")
-            scaled = hidden if head.scale == 1 else hidden * head.scale
-            flat = segments is not None
-            seen["total"], seen["scores"] = linear_cross_entropy(
-                scaled.flatten(0, 1) if flat else scaled,
-                linear.weight,
-                target.flatten() if flat else target,
-                linear_bias=None if linear.bias is None else linear.bias * head.scale,
-                reduction="sum",
-                ignore_index=IGNORED,
-                label_smoothing=self.smoothing,
-                softcap=head.softcap,
-                shift=shift,
-                example_weight=weight,
-                score=self.teaching.score,
-                per_example=self.teaching.per_example,
-                cu_seqlens=segments,
-            )
+            seen["total"], seen["scores"] = self.score(hidden, targets, "sum", weight)
             # One position each, once, to see what the model does to logits; then none at all.
-            output = seen["output"] = F.linear(hidden[:, : 0 if self._checked else 1], linear.weight, linear.bias)
+            some = hidden[:, : 0 if self._checked else 1]
+            output = seen["output"] = F.linear(some, head.linear.weight, head.linear.bias)
             return output
 
         def loss_function(*arguments: Any, num_items_in_batch: Any = None, **options: Any) -> Tensor:
@@ -83,12 +133,11 @@ class FusedLoss:
                 self._checked = True
             seen["used"] = True
             if num_items_in_batch is None:
-                counted = target[:, 1:] if shift else target
-                num_items_in_batch = (counted != IGNORED).sum().clamp(min=1)
+                num_items_in_batch = targets.counted().sum().clamp(min=1)
             loss: Tensor = seen["total"] / num_items_in_batch
             return loss
 
-        with _in_place_of(head.linear, "forward", forward), _in_place_of(base, "_loss_function", loss_function):
+        with in_place_of(head.linear, "forward", forward), in_place_of(base, "_loss_function", loss_function):
             loss, outputs = compute_loss(True)
         if "used" not in seen:
             refuse(
@@ -99,12 +148,8 @@ class FusedLoss:
         return loss, outputs, seen["scores"]
 
 
-class LossBeside:
+class LossBeside(ScoredLoss):
     """The model's own logits and loss, and scores from what went into its head."""
-
-    def __init__(self, head: Head, teaching: TeachingArguments, smoothing: float) -> None:
-        self.head, self.teaching, self.smoothing = head, teaching, smoothing
-        self._checked = False
 
     def __call__(
         self,
@@ -114,72 +159,75 @@ class LossBeside:
         examples: int,
         cu_seqlens: Tensor | None,
         weight: Tensor | None,
+        need_outputs: bool,
     ) -> tuple[Tensor, Any, Tensor]:
-        """As :class:`FusedLoss`; with ``weight``, each example's loss counts that many times."""
         head = self.head
-        seen: dict[str, Any] = {}
         if head.language:
-            target, shift = _targets(inputs)
-            segments = _segments(cu_seqlens, examples, target)
+            targets = language_targets(inputs, examples, cu_seqlens)
         else:
-            target, shift, segments = _labels(inputs), False, None
-            if target.shape != (examples,) or target.is_floating_point():
-                refuse("labels", describe(target), f"int64 [B={examples}], a class for each example")
+            targets = Targets(labels_of(inputs), False, None)
+            if targets.target.shape != (examples,) or targets.target.is_floating_point():
+                refuse("labels", describe(targets.target), f"int64 [B={examples}], a class for each example")
+        seen: dict[str, Any] = {}
 
         def forward(hidden: Tensor) -> Tensor:
-            seen["hidden"] = hidden
-            output = seen["output"] = F.linear(hidden, head.linear.weight, head.linear.bias)
+            output: Tensor = F.linear(hidden, head.linear.weight, head.linear.bias)
+            of, flat = targets, hidden
+            if not head.language and output.dim() == 3:
+                # The model pools after its head, at a position that shows later: each is scored, classes being few.
+                of = Targets(targets.target[:, None].expand(output.shape[:2]).flatten(), False, None)
+                flat = hidden.flatten(0, 1)
+            with torch.no_grad():
+                seen["beside"] = self.score(flat, of, "example")
+            if weight is not None:
+                spread = by_target(weight, targets)
+                by_element = spread.view(*spread.shape, *[1] * (output.dim() - spread.dim()))
+                output = _GradientTimes.apply(output, by_element)  # type: ignore[no-untyped-call]
+            seen["output"] = output
             return output
 
-        with _in_place_of(head.linear, "forward", forward):
+        with in_place_of(head.linear, "forward", forward):
             loss, outputs = compute_loss(True)
         if "output" not in seen:
             refuse("head", f"{head.name!r}, which did not run", "the layer that the model's logits come from")
-        hidden, output = seen["hidden"], seen["output"]
+        output, (means, scores) = seen["output"], seen["beside"]
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
         if not head.language and output.dim() == 3:
-            # The model pools after its head: the position each row of its logits came from is where its gradient is.
+            # The position that a row of the logits came from is where its gradient is.
             (of_output,) = torch.autograd.grad(logits.float().sum(), output, retain_graph=True)
-            position = of_output[..., 0].argmax(1)
-            row = torch.arange(len(output), device=output.device)
-            hidden, output = hidden[row, position], output[row, position]
+            row, position = torch.arange(len(output), device=output.device), of_output[..., 0].argmax(1)
+            output = output[row, position]
+            means, scores = (value.view(of_output.shape[:2])[row, position] for value in (means, scores))
         if not self._checked:
             head.check(output.detach(), logits.detach())
             self._checked = True
-
-        flat = segments is not None
-        with torch.set_grad_enabled(weight is not None and torch.is_grad_enabled()):
-            # Autocast ended with the model's forward: what is left of it is a narrower input than the weight's.
-            hidden = hidden.to(head.linear.weight.dtype)
-            scaled = hidden if head.scale == 1 else hidden * head.scale
-            means, scores = linear_cross_entropy(
-                scaled.flatten(0, 1) if flat else scaled,
-                head.linear.weight,
-                target.flatten() if flat else target,
-                linear_bias=None if head.linear.bias is None else head.linear.bias * head.scale,
-                reduction="example",
-                ignore_index=IGNORED,
-                label_smoothing=self.smoothing,
-                softcap=head.softcap,
-                shift=shift,
-                score=self.teaching.score,
-                per_example=self.teaching.per_example,
-                cu_seqlens=segments,
-            )
         if weight is not None:
-            if head.language and not flat:
-                means = means * ((target[:, 1:] if shift else target) != IGNORED).sum(1)
-            elif flat:
-                refuse("reweight", "'inverse' with packed examples and keep_logits", "'none', or keep_logits=False")
-            # The trainer's loss is c·Σℓ with a c of its own (tokens of all accumulated batches and ranks). Found here,
-            # without reading it back, so that the weights change nothing but the weights.
-            share = (loss / means.sum().clamp(min=torch.finfo(means.dtype).tiny)).detach()
-            loss = loss + share * ((weight - 1) * means).sum()
+            # Gradients are weighted; the value is to say so. The trainer's loss is c·Σℓ with a c of its own (tokens of
+            # all accumulated batches and ranks), and a mixture of experts' auxiliary loss. c is found without reading
+            # anything back.
+            sums = means * targets.lengths() if head.language else means
+            rest = outputs.get("aux_loss") if isinstance(outputs, dict) else None
+            rest = 0.0 if rest is None else rest.detach() * base.router_aux_loss_coef
+            share = (loss.detach() - rest) / sums.sum().clamp(min=torch.finfo(sums.dtype).tiny)
+            loss = loss + share * ((weight - 1) * sums).sum()
         return loss, outputs, scores
 
 
+class _GradientTimes(torch.autograd.Function):
+    """The identity, whose gradient is multiplied: what a loss that is a sum over examples needs to weight them."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight.to(output.dtype)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.weight, None
+
+
 @contextmanager
-def _in_place_of(owner: Any, name: str, value: Any) -> Iterator[None]:
+def in_place_of(owner: Any, name: str, value: Any) -> Iterator[None]:
     """``owner.name`` is ``value`` inside; hooks and parameters of a module stay where they are."""
     had, before = name in owner.__dict__, owner.__dict__.get(name)
     owner.__dict__[name] = value
@@ -192,24 +240,29 @@ def _in_place_of(owner: Any, name: str, value: Any) -> Iterator[None]:
             del owner.__dict__[name]
 
 
-def _labels(inputs: MutableMapping[str, Any]) -> Tensor:
+def by_target(weight: Tensor, targets: Targets) -> Tensor:
+    """Each example's weight where its targets are predicted: ``[B]`` by rows, ``[1, T]`` of a padding-free batch."""
+    if targets.segments is None:
+        return weight
+    spread = weight.repeat_interleave(targets.segments.diff().long(), output_size=targets.target.shape[1])[None]
+    return spread.roll(-1, 1) if targets.shift else spread
+
+
+def labels_of(inputs: MutableMapping[str, Any]) -> Tensor:
+    """The batch's labels."""
     labels = inputs.get("labels")
     if not isinstance(labels, Tensor):
         refuse("labels", describe(labels), "a tensor under 'labels' in each batch")
     return labels
 
 
-def _targets(inputs: MutableMapping[str, Any]) -> tuple[Tensor, bool]:
-    """A language model's targets, and whether they are yet to be shifted by one."""
+def language_targets(inputs: MutableMapping[str, Any], examples: int, cu_seqlens: Tensor | None) -> Targets:
+    """A language model's targets, by row or, of a padding-free batch, by the items' own ``cu_seqlens``."""
     shifted = inputs.get("shift_labels")
-    return (shifted, False) if isinstance(shifted, Tensor) else (_labels(inputs), True)
-
-
-def _segments(cu_seqlens: Tensor | None, examples: int, target: Tensor) -> Tensor | None:
-    """``cu_seqlens`` of a padding-free batch, one row that holds several examples; None where rows are examples."""
+    target, shift = (shifted, False) if isinstance(shifted, Tensor) else (labels_of(inputs), True)
     if len(target) == examples:
-        return None
+        return Targets(target, shift, None)
     if len(target) == 1 and cu_seqlens is not None:
-        return cu_seqlens
+        return Targets(target, shift, cu_seqlens)
     takes = "a row for each example, or all of them in one row. A data set packed beforehand is chosen from by row"
     refuse("data_collator", f"{examples} examples in {len(target)} rows", takes)

@@ -19,10 +19,12 @@ from ...report.log import TeachingLog
 from ...sampler import TeachingSampler, batches_of, share_of
 from ...teacher import Teacher
 from .arguments import TeachingArguments
+from .checkpoints import newest_whole_checkpoint
 from .coverage import Coverage, class_names, show_example
 from .examples import CU_SEQLENS, ID, NumberedCollator, NumberedDataset
 from .heads import find_head
-from .scored_loss import FusedLoss, LossBeside
+from .scored_loss import FusedLoss, LossBeside, ScoredLoss
+from .trl_head import LossBesideFusedHead, has_fused_head
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -122,15 +124,21 @@ class TeachingMixin(_Trainer):
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-    def _make_scored_loss(self) -> FusedLoss | LossBeside:
+    def _make_scored_loss(self) -> ScoredLoss:
         head = find_head(self.accelerator.unwrap_model(self.model), self._head_name)
         base = self._bare_model()
+        smoothing = float(self.args.label_smoothing_factor)
+        if has_fused_head(base):
+            for name, value, own in (("loss_type", getattr(self.args, "loss_type", "nll"), "nll"),
+                                     ("label_smoothing_factor", smoothing, 0.0)):  # fmt: skip
+                if value != own:
+                    refuse(name, repr(value), f"{own!r} in TRL's trainers, or score_func=... for scores of such a loss")
+            return LossBesideFusedHead(head, self.teaching, 0.0)
         fused = head.language and not self.teaching.keep_logits
         if fused and base.loss_function is not ForCausalLMLoss:
             refuse(
                 "keep_logits", False, f"True, as the loss_function of this {type(base).__name__} is not the common one"
             )
-        smoothing = float(self.args.label_smoothing_factor)
         return (FusedLoss if fused else LossBeside)(head, self.teaching, smoothing)
 
     # ---------------------------------------------------------------------------------------------- data and its plan
@@ -227,6 +235,7 @@ class TeachingMixin(_Trainer):
                     len(ids),
                     cu_seqlens,
                     weight,
+                    return_outputs,
                 )
             finally:
                 self.label_smoother = smoother
@@ -243,6 +252,8 @@ class TeachingMixin(_Trainer):
             epoch = self.teacher._harvest.epoch if self.teacher._harvest is not None else 0  # the one that runs
             logs["teaching/keep_ratio"] = self.teacher.epoch_sizes()[epoch] / len(self.train_dataset)
             logs["teaching/seconds"] = self.teacher._teaching_seconds
+            if self.teacher._lessons is not None and self.teacher._lessons.turnover:
+                logs["teaching/turnover"] = self.teacher._lessons.turnover[-1]
             self._score_mean = []
         if self._log is not None:
             for name, value in logs.items():
@@ -251,6 +262,12 @@ class TeachingMixin(_Trainer):
         super().log(logs, *args, **kwargs)
 
     # --------------------------------------------------------------------------------------------------- checkpoints
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own; ``resume_from_checkpoint=True`` takes the newest checkpoint that is whole."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_whole_checkpoint(self.args.output_dir, STATE) or True
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         state = self.teacher.state_dict()  # on every process: it merges what all of them recorded
