@@ -43,8 +43,8 @@ HALF = {
 FLOAT32 = Configuration(64, 64, 32, 8, 2, 1, False, 32, 168)
 
 #: What options add to a logit stands in registers beside it: label smoothing by class weights its mass, a softcap its
-#: slope. Then fewer logits are summed up at a time; and, with the first, or the second where the launch chooses or
-#: measures hidden states, whose numbers live through the products, there are half the accumulators and no loads ahead.
+#: slope. Then fewer logits are summed up at a time; and with the first, or the second beside any smoothing, a choice or
+#: norms of hidden states, whose numbers live through the products, half the accumulators and no loads ahead.
 _CROWDED: dict[str, Any] = {"classes": 128, "width": 64, "stages": 3, "flatten": False, "columns": 16}
 #: A target of probabilities is loaded as adjacent elements of a row, so that a thread meets as many rows as a warp has
 #: columns less, and keeps its sums for each: half the rows as well, and a quarter of the accumulators beside a choice.
@@ -76,15 +76,16 @@ def configuration(
     *,
     aligned: bool = True,
     capped: bool = False,
+    smoothed: bool = False,
     weighted: bool = False,
     soft: bool = False,
     extra: bool = False,
 ) -> Configuration:
     """What the table says, in tiles that are not mostly empty for a few tokens or classes.
 
-    ``aligned``: operands are loaded by vectors; element by element they take an address each. ``weighted``: labels are
-    smoothed, by class weights; ``soft``: the target is probabilities; ``extra``: the launch chooses, or measures the
-    hidden states, whose registers live through the products.
+    ``aligned``: operands are loaded by vectors; element by element they take an address each. ``smoothed``: labels
+    are; ``weighted``: and by class weights; ``soft``: the target is probabilities; ``extra``: the launch chooses, or
+    takes the norms of hidden states.
     """
     if INTERPRETED:
         return _INTERPRETED
@@ -95,7 +96,7 @@ def configuration(
         chosen = HALF[max((least for least in HALF if least <= capability), default=min(HALF))]
         if soft:
             chosen = chosen._replace(**_SOFT | {"classes": 64 if extra else 128})
-        elif weighted or (capped and extra):
+        elif weighted or (capped and (smoothed or extra)):
             chosen = chosen._replace(**_CROWDED)
         elif capped:
             chosen = chosen._replace(columns=_CROWDED["columns"])

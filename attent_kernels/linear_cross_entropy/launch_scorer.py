@@ -256,6 +256,7 @@ def tiles_for(
         linear_weight.shape[0],
         aligned=is_aligned(input) and is_aligned(linear_weight),
         capped=softcap is not None,
+        smoothed=label_smoothing > 0,
         weighted=label_smoothing > 0 and weight is not None,
         soft=target.is_floating_point(),
         extra=choose is not None or "head" in score,
