@@ -48,6 +48,7 @@ FLOAT32 = Configuration(64, 64, 32, 8, 2, 1, False, 32, 168)
 _CROWDED: dict[str, Any] = {"classes": 128, "width": 64, "stages": 3, "flatten": False, "columns": 16}
 #: A target of probabilities is loaded as adjacent elements of a row, so that a thread meets as many rows as a warp has
 #: columns less, and keeps its sums for each: half the rows as well, and a quarter of the accumulators beside a choice.
+#: The same where class weights, smoothing and a softcap come together.
 _SOFT: dict[str, Any] = _CROWDED | {"rows": 64}
 
 #: What the search tries in half precision.
@@ -96,6 +97,8 @@ def configuration(
         chosen = HALF[max((least for least in HALF if least <= capability), default=min(HALF))]
         if soft:
             chosen = chosen._replace(**_SOFT | {"classes": 64 if extra else 128})
+        elif weighted and capped:  # without a number sm_100's compiler spills to have two programs at a time
+            chosen = chosen._replace(**_SOFT | {"registers": 255})
         elif weighted or (capped and (smoothed or extra)):
             chosen = chosen._replace(**_CROWDED)
         elif capped:
