@@ -6,6 +6,7 @@ and noted, and nothing runs. So what is looked at is what is launched, configura
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -37,6 +38,7 @@ class Compiled(NamedTuple):
     registers: int  # a thread
     stack: int  # bytes a thread: spills and arrays indexed at run time
     shared: int  # bytes a block, static and dynamic
+    seconds: float = 0.0  # of processor time that compiling took; next to none from Triton's cache
 
     @property
     def has_wgmma(self) -> bool:
@@ -75,14 +77,21 @@ def compiled_for(capability: int) -> Iterator[list[Compiled]]:
     run = JITFunction.run
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        before = _processor_seconds()
         compiled = run(kernel, *args, grid=grid, warmup=True, **options)
-        found.append(_look_at(compiled, capability))
+        seconds = _processor_seconds() - before
+        found.append(_look_at(compiled, capability)._replace(seconds=seconds))
         return compiled
 
     # Not by driver.set_active, whose undoing looks for a real device.
     no_device = mock.patch.object(driver, "_active", _NoDevice(capability))
     with no_device, mock.patch.object(JITFunction, "run", compile_only):
         yield found
+
+
+def _processor_seconds() -> float:
+    """Of this process and of those it has waited for: ptxas is one."""
+    return sum(os.times()[:4])
 
 
 def _look_at(compiled: Any, capability: int) -> Compiled:

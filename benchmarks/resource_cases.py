@@ -27,7 +27,8 @@ class Case(NamedTuple):
     name: str
     launch: Callable[[], object]  # within ahead_of_time.compiled_for
     decisive: bool = False
-    wgmma: bool = False  # its main loop multiplies half-precision tiles of 64 rows or more: warpgroup products on sm_90
+    # Its kernels that multiply half-precision tiles of 64 rows or more: they have warpgroup products on sm_90.
+    wgmma: tuple[str, ...] = ()
 
 
 Cases = Callable[[], Iterator[Case]]
@@ -105,6 +106,7 @@ def attention_problem(
     return Problem(query, key, value, **(fields | options))
 
 
+FORWARD, BACKWARD = ("scored_attention_kernel",), ("key_value_gradients", "query_gradient")
 HARD = Scoring("residual", "rms", B // 2, 0.0, 0.0, None)
 
 
@@ -114,7 +116,7 @@ def drawn(score: str) -> Scoring:
 
 @of("scored_attention")
 def attention_forward() -> Iterator[Case]:
-    def case(name: str, problem: Problem, scoring: Scoring, **marks: bool) -> Case:
+    def case(name: str, problem: Problem, scoring: Scoring, **marks: Any) -> Case:
         launch = triton("scored_attention")
         return Case("scored_attention", name, lambda: launch(problem, scoring), **marks)
 
@@ -124,11 +126,11 @@ def attention_forward() -> Iterator[Case]:
             about = f"D {width}, {short(dtype)}"
             yield case(
                 f"{about}, causal, residual, hard", attention_problem(width, dtype), HARD,
-                decisive=width in (128, 256) and half, wgmma=half,
+                decisive=width in (128, 256) and half, wgmma=FORWARD if half else (),
             )  # fmt: skip
             yield case(
                 f"{about}, readout mean, head, drawn", attention_problem(width, dtype, readout="mean"), drawn("head"),
-                decisive=width == 64 and half, wgmma=half,
+                decisive=width == 64 and half, wgmma=FORWARD if half else (),
             )  # fmt: skip
             yield case(
                 f"{about}, one query, readout, drawn", attention_problem(width, dtype, readout="mean", queries=1),
@@ -137,7 +139,7 @@ def attention_forward() -> Iterator[Case]:
     everything = {"window_left": 100, "window_right": 7, "softcap": 30.0}
     yield case(
         "D 128, bfloat16, packed, window, softcap, drawn", attention_problem(128, HALF, packed=True, **everything),
-        drawn("residual"), decisive=True, wgmma=True,
+        drawn("residual"), decisive=True, wgmma=FORWARD,
     )  # fmt: skip
     yield case(
         "D 64, bfloat16, last row alone", attention_problem(64, HALF, readout="last", rows="none"), drawn("head")
@@ -146,7 +148,7 @@ def attention_forward() -> Iterator[Case]:
 
 @of("scored_attention_backward")
 def attention_backward() -> Iterator[Case]:
-    def case(name: str, problem: Problem, **marks: bool) -> Case:
+    def case(name: str, problem: Problem, **marks: Any) -> Case:
         output = torch.empty_like(problem.query)
         width = problem.query.shape[1] * problem.query.shape[-1]
         lse = empty(*problem.query.shape[:-1], dtype=FULL)
@@ -164,12 +166,18 @@ def attention_backward() -> Iterator[Case]:
             about = f"D {width}, {short(dtype)}"
             yield case(
                 f"{about}, causal, residual", attention_problem(width, dtype),
-                decisive=width in (64, 128) and dtype == HALF, wgmma=dtype == HALF,
+                decisive=width in (64, 128) and dtype == HALF, wgmma=BACKWARD if dtype == HALF else (),
             )  # fmt: skip
-            yield case(f"{about}, readout mean", attention_problem(width, dtype, readout="mean"), wgmma=dtype == HALF)
+            yield case(
+                f"{about}, readout mean",
+                attention_problem(width, dtype, readout="mean"),
+                wgmma=BACKWARD if dtype == HALF else (),
+            )
     everything = {"window_left": 100, "window_right": 7, "softcap": 30.0}
     yield case(
-        "D 128, bfloat16, packed, window, softcap", attention_problem(128, HALF, packed=True, **everything), wgmma=True
+        "D 128, bfloat16, packed, window, softcap",
+        attention_problem(128, HALF, packed=True, **everything),
+        wgmma=BACKWARD,
     )
 
 
@@ -219,20 +227,84 @@ def loss_call(score: list[str], tokens: int, dtype: torch.dtype, train: bool, cl
     return Call(**(fields | options))
 
 
+VOCABULARY = 50257
+#: Kernels with products of their own, without gradients and at 512 tokens an example; elsewhere the library multiplies.
+PRODUCTS = {"logit": ("score_kernel",), "head": ("gram_kernel", "finish_kernel")}
+
+
+def scorer_options(dtype: torch.dtype) -> Iterator[Case]:
+    """What options add to the scorer's registers, most of them together."""
+    from attent.ops.triton_scorer import score_and_select
+
+    def case(name: str, decisive: bool, **options: Any) -> Case:
+        call = loss_call(["logit"], 512, dtype, False, VOCABULARY, **options)
+        return Case(
+            "linear_cross_entropy", f"logit, {name}, {short(dtype)}",
+            lambda: launch_loss("linear_cross_entropy", call), decisive, PRODUCTS["logit"] if half else (),
+        )  # fmt: skip
+
+    def choice(name: str, decisive: bool, score: str, temperature: float, **options: Any) -> Case:
+        call = loss_call([score], 1, dtype, False, VOCABULARY, reduction="sum", **options)
+        seed = empty(1, dtype=torch.int64)
+
+        def launch() -> None:
+            with no_autocast():
+                score_and_select(call, 1024, temperature, 0.2 if temperature else 0.0, seed)
+
+        return Case(
+            "linear_cross_entropy", f"{name}, {short(dtype)}", launch, decisive, PRODUCTS["logit"] if half else ()
+        )
+
+    half = dtype == HALF
+    bias, weight = empty(VOCABULARY, dtype=dtype), empty(VOCABULARY, dtype=FULL)
+    capped = {"softcap": 30.0, "linear_bias": bias}
+    everything = capped | {"label_smoothing": 0.1, "weight": weight, "example_weight": empty(16, dtype=FULL)}
+    packed = {"input": empty(8192, 1024, dtype=dtype), "cu_seqlens": empty(17, dtype=torch.int32), "shift": True}
+    soft = {"target": empty(16, 512, VOCABULARY, dtype=dtype)}
+    yield case("softcap", False, softcap=30.0)
+    yield case(
+        "smoothing, softcap, bias, packed",
+        half,
+        **capped,
+        **packed,
+        label_smoothing=0.1,
+        target=empty(8192, dtype=torch.int64),
+    )
+    yield case("all options of indices", half, **everything, shift=True)
+    yield case("probabilities", False, **soft)
+    yield case("all options of probabilities", True, **everything, **soft)
+    yield case(
+        "few tokens, all options",
+        False,
+        **(
+            everything
+            | {
+                "input": empty(1, 64, 1024, dtype=dtype),
+                "target": empty(1, 64, dtype=torch.int64),
+                "example_weight": None,
+            }
+        ),
+    )
+    yield case("operands not aligned, softcap", False, **capped, input=empty(16, 512, 1025, dtype=dtype)[..., 1:])
+    yield choice("logit, a choice", False, "logit", 0.0)
+    yield choice("head, softcap, smoothing, bias, a choice drawn", True, "head", 1.0, **capped, label_smoothing=0.1)
+
+
 @of("linear_cross_entropy")
 def loss_forward() -> Iterator[Case]:
     for dtype in (HALF, FULL):
         for score in (["logit"], ["head"], ["hidden"]):
             for tokens in (512, 1):
                 for train in (False, True):
-                    call, plain = loss_call(score, tokens, dtype, train, 50257), dtype == HALF and tokens == 512
+                    call, plain = loss_call(score, tokens, dtype, train, VOCABULARY), dtype == HALF and tokens == 512
                     yield Case(
                         "linear_cross_entropy",
                         f"{score[0]}, T {tokens}, {short(dtype)}" + (", with gradients" if train else ""),
                         lambda call=call: launch_loss("linear_cross_entropy", call),
                         decisive=plain and (score == ["logit"] or (score == ["head"] and not train)),
-                        wgmma=plain and not train and score != ["hidden"],  # elsewhere the library multiplies
+                        wgmma=PRODUCTS.get(score[0], ()) if plain and not train else (),
                     )
+        yield from scorer_options(dtype)
     everything = {
         "linear_bias": empty(1000), "weight": empty(1000), "label_smoothing": 0.1, "softcap": 30.0,
         "bias_gradient": True, "shift": True,
@@ -243,7 +315,7 @@ def loss_forward() -> Iterator[Case]:
 
 @of("linear_cross_entropy_backward")
 def loss_backward() -> Iterator[Case]:
-    call = loss_call([], 512, HALF, True, 50257, reduction="none")
+    call = loss_call([], 512, HALF, True, VOCABULARY, reduction="none")
     yield Case(
         "linear_cross_entropy_backward", "a loss for each token, bfloat16",
         lambda: launch_loss("linear_cross_entropy_backward", empty(16, 512, dtype=FULL), call),

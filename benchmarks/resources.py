@@ -1,28 +1,34 @@
 """``python -m benchmarks.resources``: what every Triton kernel takes of a GPU, compiled where there is none.
 
 For sm_80, sm_90 and sm_100: registers a thread, stack (spills), shared memory, which tensor core instructions the main
-loop has, and whether a block barrier lies before every ticket. ``--check`` fails on a stack, on too much shared memory,
-on a ticket without barrier, and where sm_90's warpgroup products are missing.
+loop has, whether a block barrier lies before every ticket, and the processor seconds of compiling (next to none where
+Triton's cache has it). ``--check`` fails on a stack, on too much shared memory, on a ticket without barrier, on a slow
+compilation, and where sm_90's warpgroup products are missing.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from .ahead_of_time import CAPABILITIES, SHARED_LIMIT, Compiled, compiled_for, unordered_tickets
+from .provenance import gpu_provenance, save
 from .resource_cases import Case, cases, with_triton
+
+#: Processor time that a kernel may take to compile, whatever k, the lengths or the vocabulary are.
+COMPILE_SECONDS = 30
 
 
 def compile_case(case: Case, capability: int) -> list[Compiled]:
     """The kernels that a case launches, each once for every way it is specialised."""
     with compiled_for(capability) as found:
         case.launch()
-    return list(dict.fromkeys(found))
+    first: dict[Compiled, Compiled] = {}
+    for kernel in found:  # a second launch compiles nothing
+        first.setdefault(kernel._replace(seconds=0.0), kernel)
+    return list(first.values())
 
 
 def problems(case: Case, kernels: list[Compiled]) -> Iterator[str]:
@@ -35,8 +41,12 @@ def problems(case: Case, kernels: list[Compiled]) -> Iterator[str]:
             yield f"{kernel.kernel} takes {kernel.shared} bytes of shared memory of {limit}"
         for instruction in unordered_tickets(kernel.ptx):
             yield f"{kernel.kernel} takes a ticket with no barrier behind its stores: {instruction}"
-    if case.wgmma and kernels and kernels[0].capability == 90 and not any(kernel.has_wgmma for kernel in kernels):
-        yield f"no warpgroup products (wgmma) in {', '.join(sorted({kernel.kernel for kernel in kernels}))}"
+        if kernel.seconds > COMPILE_SECONDS:
+            yield f"{kernel.kernel} took {kernel.seconds:.0f} s of processor time to compile, of {COMPILE_SECONDS}"
+        if kernel.capability == 90 and kernel.kernel in case.wgmma and not kernel.has_wgmma:
+            yield f"{kernel.kernel} has no warpgroup products (wgmma)"
+    for missing in sorted(set(case.wgmma) - {kernel.kernel for kernel in kernels}):
+        yield f"{missing} is not launched"
 
 
 def instructions(kernel: Compiled) -> str:
@@ -53,11 +63,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--capability", nargs="+", type=int, choices=CAPABILITIES, default=list(CAPABILITIES))
     parser.add_argument("--decisive", action="store_true", help="only what the tests compile")
     parser.add_argument("--check", action="store_true", help="exit with 1 if anything is wrong")
-    parser.add_argument("--json", type=Path, help="write the table there")
+    parser.add_argument("--save", action="store_true", help="write the table to benchmarks/results/resources")
     asked = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
-    wrong = 0
-    sizes = f"{'warps':>5} {'stages':>6} {'registers':>9} {'stack':>5} {'shared':>7}"
+    wrong: list[str] = []
+    sizes = f"{'warps':>5} {'stages':>6} {'registers':>9} {'stack':>5} {'shared':>7} {'seconds':>7}"
     print(f"{'sm':>3}  {'kernel':34} {sizes}  products  case")
     for case in cases():
         if case.op not in asked.op or asked.case not in case.name or (asked.decisive and not case.decisive):
@@ -71,20 +81,21 @@ def main(arguments: list[str] | None = None) -> int:
             for kernel in kernels:
                 print(
                     f"{capability:3}  {kernel.kernel:34} {kernel.warps:5} {kernel.stages:6} {kernel.registers:9}"
-                    f" {kernel.stack:5} {kernel.shared:7}  {instructions(kernel):8}  {case.op}: {case.name}",
+                    f" {kernel.stack:5} {kernel.shared:7} {kernel.seconds:7.1f}  {instructions(kernel):8}"
+                    f"  {case.op}: {case.name}",
                     flush=True,
                 )
-                numbers = kernel._asdict() | {"ptx": None, "products": instructions(kernel)}
-                rows.append({"op": case.op, "case": case.name} | {k: v for k, v in numbers.items() if k != "ptx"})
+                numbers = {name: value for name, value in kernel._asdict().items() if name not in ("ptx", "seconds")}
+                rows.append({"op": case.op, "case": case.name, **numbers, "products": instructions(kernel)})
             for complaint in complaints:
                 print(f"{capability:3}  WRONG: {complaint}  {case.op}: {case.name}", flush=True)
-            wrong += len(complaints)
-    if asked.json:
-        from .provenance import gpu_provenance
-
-        asked.json.parent.mkdir(parents=True, exist_ok=True)
-        asked.json.write_text(json.dumps({"provenance": gpu_provenance(), "kernels": rows}, indent=1) + "\n")
-    print(f"{len(rows)} kernels, {wrong} things wrong")
+                wrong.append(f"sm_{capability}, {case.op}: {case.name}: {complaint}")
+    if asked.save:
+        result = {
+            "provenance": gpu_provenance(), "capabilities": asked.capability, "wrong": wrong, "kernels": rows,
+        }  # fmt: skip
+        print(f"saved to {save('resources', result)}")
+    print(f"{len(rows)} kernels, {len(wrong)} things wrong")
     return 1 if wrong and asked.check else 0
 
 

@@ -21,7 +21,7 @@ def small_tiles(
     """Tiles of ``rows`` tokens and ``classes`` classes, groups of ``group_tiles`` vocabulary tiles."""
 
     def tiles(*_: Any, **__: Any) -> Configuration:
-        return Configuration(rows, classes, width, 4, 1, 1, False)
+        return Configuration(rows, classes, width, 4, 1, 1, False, max(1, classes // 2))
 
     def parts(row_tiles: int, vocabulary: int, *_: Any) -> Cut:
         return Cut(triton.cdiv(triton.cdiv(vocabulary, classes), group_tiles), group_tiles, sweep)
@@ -29,7 +29,6 @@ def small_tiles(
     with (
         mock.patch.object(launch_scorer, "configuration", tiles),
         mock.patch.object(launch_scorer, "cut", parts),
-        mock.patch.object(launch_scorer, "_COLUMNS_AT_A_TIME", classes // 2),
     ):
         yield
 

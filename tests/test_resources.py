@@ -38,12 +38,14 @@ def compiled(**changes: object) -> Compiled:
         (compiled(ptx="st.global\natom.add wgmma.mma_async"), "with no barrier"),
         (compiled(ptx="mma.sync"), "no warpgroup products"),
         (compiled(ptx="mma.sync", capability=80), None),
+        (compiled(seconds=31.0), "31 s of processor time to compile"),
+        (compiled(kernel="another"), "kernel is not launched"),
     ],
 )
 def test_the_check_names_what_is_wrong(kernel: Compiled, complaint: str | None) -> None:
     from benchmarks.resources import problems
 
-    found = list(problems(Case("op", "name", lambda: None, wgmma=True), [kernel]))
+    found = list(problems(Case("op", "name", lambda: None, wgmma=("kernel",)), [kernel]))
     assert (found == []) if complaint is None else (len(found) == 1 and complaint in found[0])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +19,7 @@ from attent.philox import gumbel, random_bits
 from attent.selection import Selection
 from attent_kernels import runtime, select, selection, selection_passes
 from benchmarks.ahead_of_time import CAPABILITIES, compiled_for, unordered_tickets
+from benchmarks.resources import COMPILE_SECONDS
 
 INF, NAN = math.inf, math.nan
 UNIT = 2.0**-24
@@ -239,15 +239,14 @@ def real_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("real_chunks")
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_all_kernels_compile_fast_and_without_a_stack(capability: int) -> None:
-    start = time.perf_counter()
     found = [
         *launches(capability, 3000, 1000, torch.float32, 0.0, 0),
         *launches(capability, 3000, 1000, torch.bfloat16, 1.0, 100),
         *launches(capability, 100_000, 1000, torch.float32, 1.0, 100),
         *launches(capability, 100_000, 50_000, torch.float32, 0.0, 0),
     ]
-    assert time.perf_counter() - start < 60  # ten different kernels
     for kernel in found:
+        assert kernel.seconds < COMPILE_SECONDS
         assert kernel.stack == 0, kernel.kernel
         assert kernel.shared <= 16 << 10
         assert unordered_tickets(kernel.ptx) == []

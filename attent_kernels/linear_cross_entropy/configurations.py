@@ -22,6 +22,8 @@ class Configuration(NamedTuple):
     stages: int  # of the pipeline that loads tiles
     resident: int  # programs that a multiprocessor holds at a time
     flatten: bool  # load the next vocabulary tile's first operands while this one's logits are summed up
+    columns: int = 32  # of logits summed up at a time; with more, registers spill
+    registers: int | None = None  # a thread, at most; None: as the compiler likes
 
 
 #: Half precision, by least compute capability. wgmma reads both operands from shared memory, which delivers 128 bytes a
@@ -37,7 +39,17 @@ HALF = {
 }
 
 #: float32 in full precision ("ieee") has no tensor cores: small tiles, whose operands fit in registers beside the sums.
-FLOAT32 = Configuration(64, 64, 32, 8, 2, 2, False)
+#: Without a number the compiler would rather spill, where the launch chooses too, than hold one program less at a time.
+FLOAT32 = Configuration(64, 64, 32, 8, 2, 1, False, 32, 168)
+
+#: What options add to a logit stands in registers beside it: label smoothing by class weights its mass, a softcap its
+#: slope. Then fewer logits are summed up at a time; and with the first, or the second beside any smoothing, a choice or
+#: norms of hidden states, whose numbers live through the products, half the accumulators and no loads ahead.
+_CROWDED: dict[str, Any] = {"classes": 128, "width": 64, "stages": 3, "flatten": False, "columns": 16}
+#: A target of probabilities is loaded as adjacent elements of a row, so that a thread meets as many rows as a warp has
+#: columns less, and keeps its sums for each: half the rows as well, and a quarter of the accumulators beside a choice.
+#: The same where class weights, smoothing and a softcap come together.
+_SOFT: dict[str, Any] = _CROWDED | {"rows": 64}
 
 #: What the search tries in half precision.
 CANDIDATES = (
@@ -59,12 +71,22 @@ _FEWEST_CLASSES = 16
 
 
 def configuration(
-    dtype: torch.dtype, tokens: int, classes: int, *, aligned: bool = True, many_sums: bool = False
+    dtype: torch.dtype,
+    tokens: int,
+    classes: int,
+    *,
+    aligned: bool = True,
+    capped: bool = False,
+    smoothed: bool = False,
+    weighted: bool = False,
+    soft: bool = False,
+    extra: bool = False,
 ) -> Configuration:
     """What the table says, in tiles that are not mostly empty for a few tokens or classes.
 
-    ``aligned``: operands are loaded by vectors; element by element they take an address each. ``many_sums``: each logit
-    comes with a mass of its own. Both take registers.
+    ``aligned``: operands are loaded by vectors; element by element they take an address each. ``smoothed``: labels
+    are; ``weighted``: and by class weights; ``soft``: the target is probabilities; ``extra``: the launch chooses, or
+    takes the norms of hidden states.
     """
     if INTERPRETED:
         return _INTERPRETED
@@ -73,15 +95,21 @@ def configuration(
     else:
         capability = compute_capability()
         chosen = HALF[max((least for least in HALF if least <= capability), default=min(HALF))]
+        if soft:
+            chosen = chosen._replace(**_SOFT | {"classes": 64 if extra else 128})
+        elif weighted and capped:  # without a number sm_100's compiler spills to have two programs at a time
+            chosen = chosen._replace(**_SOFT | {"registers": 255})
+        elif weighted or (capped and (smoothed or extra)):
+            chosen = chosen._replace(**_CROWDED)
+        elif capped:
+            chosen = chosen._replace(columns=_CROWDED["columns"])
     if not aligned:
         chosen = chosen._replace(classes=min(chosen.classes, 64), width=32, flatten=False)
-    elif many_sums:
-        chosen = chosen._replace(classes=min(chosen.classes, 128))
     few = max(_FEWEST_CLASSES, 1 << max(0, classes - 1).bit_length())
     if few <= chosen.classes // 2:
         chosen = chosen._replace(classes=few, warps=4, resident=2)
     if tokens <= 64 and chosen.rows > 64:  # the least number of rows of wgmma
-        chosen = chosen._replace(rows=64, warps=4)
+        chosen = chosen._replace(rows=64, classes=min(chosen.classes, 128), warps=4)
     return chosen
 
 

@@ -40,8 +40,6 @@ from .online import KEPT, KEPT_SPREAD
 from .scorer import score_kernel
 from .views import Matrix, is_aligned, token_rows, vector
 
-#: Columns of logits summed up at a time: 16 of each thread's. With more, registers spill.
-_COLUMNS_AT_A_TIME = 32
 #: Vocabulary groups folded at a time: 16 × 128 numbers of each kind, 8 or 16 a thread.
 _GROUPS_AT_A_TIME = 16
 #: Numbers of one kind that a fold of examples holds at a time.
@@ -150,8 +148,7 @@ def score_tokens(
         return Scored(loss.zero_(), scores, counts, chosen)
 
     if tiles is None:
-        aligned = is_aligned(input) and is_aligned(linear_weight)
-        tiles = configuration(input.dtype, tokens, classes, aligned=aligned, many_sums=spread and not uniform)
+        tiles = tiles_for(input, linear_weight, target, label_smoothing, softcap, weight, score, choose)
     kept = KEPT_SPREAD if spread else KEPT
     row_tiles = max(1, -(-tokens // tiles.rows))
     if parts is None:
@@ -231,14 +228,39 @@ def score_tokens(
             BM=tiles.rows,
             BN=tiles.classes,
             BK=tiles.width,
-            BS=min(_COLUMNS_AT_A_TIME, tiles.classes),
+            BS=min(tiles.columns, tiles.classes),
             BG=_GROUPS_AT_A_TIME,
             BE=block_examples,
             BT=block_tokens,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
+            maxnreg=tiles.registers,
         )
     return Scored(loss, scores, counts, chosen)
+
+
+def tiles_for(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    label_smoothing: float,
+    softcap: float | None,
+    weight: Tensor | None,
+    score: Sequence[str],
+    choose: Choose | None,
+) -> Configuration:
+    """What the table says of a call's arguments."""
+    return configuration(
+        input.dtype,
+        input.shape[:-1].numel(),
+        linear_weight.shape[0],
+        aligned=is_aligned(input) and is_aligned(linear_weight),
+        capped=softcap is not None,
+        smoothed=label_smoothing > 0,
+        weighted=label_smoothing > 0 and weight is not None,
+        soft=target.is_floating_point(),
+        extra=choose is not None or "head" in score,
+    )
 
 
 def block_of_examples(tokens: int, tokens_each: int, batch: int, packed: bool, rows: int) -> tuple[int, int]:

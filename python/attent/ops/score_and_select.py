@@ -87,4 +87,4 @@ def score_and_select(
         valid = counts > 0
         if example_weight is not None:
             valid &= example_weight != 0
-        return select_top_k(scores[0], k, temperature=temperature, floor=floor, valid=valid, seed=seed)
+        return select_top_k(scores[0], k, temperature=temperature, floor=floor, valid=valid, seed=seed, backend=backend)

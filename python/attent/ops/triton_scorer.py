@@ -55,7 +55,7 @@ def _launch(
     # Only here: Triton need not be installed.
     from attent_kernels import autotune
     from attent_kernels.linear_cross_entropy import configurations
-    from attent_kernels.linear_cross_entropy.launch_scorer import Choose, score_tokens
+    from attent_kernels.linear_cross_entropy.launch_scorer import Choose, score_tokens, tiles_for
 
     arguments: dict[str, Any] = {
         "input": call.input,
@@ -78,7 +78,16 @@ def _launch(
         arguments["tiles"] = autotune.pick(
             "score_tokens",
             configurations.kind_of(arguments),
-            configurations.configuration(call.input.dtype, 1 << 20, 1 << 20),
+            tiles_for(
+                call.input,
+                call.linear_weight,
+                call.target,
+                call.label_smoothing,
+                call.softcap,
+                call.weight,
+                call.score,
+                arguments["choose"],
+            ),
             lambda: configurations.CANDIDATES,
             lambda tiles: score_tokens(**(arguments | {"tiles": tiles})),
         )
