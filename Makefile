@@ -29,7 +29,9 @@ help:  ## show this list
 .PHONY: install
 install: $(INSTALLED)  ## create .venv and install attent in it, editable
 
-$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+# Compiling for GPUs takes minutes and no test needs it in place: ATTENT_CUDA=auto make install does it all the same.
+$(INSTALLED): export ATTENT_CUDA ?= 0
+$(INSTALLED): pyproject.toml constraints.txt setup.py $(filter %.cpp %.h %.cuh,$(shell find csrc -type f)) tools/cuda_build.py
 	@$(PYTHON) -c 'import sys; sys.exit("attent needs Python 3.10 or newer; try make PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) pip setuptools pybind11
@@ -41,7 +43,7 @@ test: $(INSTALLED)  ## the fast tests: under five minutes on two cores
 	$(PYTEST) $(PARALLEL)
 
 .PHONY: check
-check: lint types docs aot build slow examples  ## all that must hold before a merge, beyond make test
+check: lint types docs cuda aot build slow examples  ## all that must hold before a merge, beyond make test
 	@echo "make check: all passed"
 
 .PHONY: lint
@@ -66,6 +68,15 @@ slow: $(INSTALLED)  ## the slow tests
 .PHONY: aot
 aot: $(INSTALLED)  ## kernels compiled ahead of time for the GPUs we support; needs no GPU
 	$(PYTEST) -m aot $(NONE_IS_FINE)
+
+# Beside the installed module, not in its place: what `make test` made stays as it is.
+.PHONY: cuda
+cuda: $(INSTALLED)  ## the CUDA kernels, compiled by nvcc; no spills, the instructions that are meant; needs no GPU
+	@if $(BIN)/python -c 'import sys; sys.path.insert(0, "tools"); import cuda_build; cuda_build.find_toolkit()' 2> /dev/null; then \
+	    set -x; ATTENT_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/cuda-module --build-temp build/cuda-temp; \
+	    $(PYTEST) -m aot tests/test_cuda_resources.py; \
+	    $(BIN)/python -m benchmarks.resources --cuda --check; \
+	else echo "make cuda: there is no nvcc (pip install nvidia-cuda-nvcc brings one); nothing was compiled"; fi
 
 .PHONY: gpu
 gpu: $(INSTALLED)  ## the tests that need a CUDA device

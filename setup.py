@@ -36,6 +36,8 @@ REASON_FILE = "_native_failure.txt"
 # No -march: each hot function names its own instruction set and is picked at run time, so one build runs on any CPU.
 COMPILE_ARGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fopenmp"]
 LINK_ARGS = ["-fopenmp"]
+if sys.platform == "linux":
+    LINK_ARGS.append("-Wl,--version-script=csrc/exports.map")
 
 
 def native_extensions() -> list[Extension]:
@@ -126,10 +128,9 @@ def add_cuda(ext: Extension) -> None:
             ext.define_macros += [("ATTENT_CUDA", None), ("ATTENT_CUDA_ARCHS", c_string(";".join(built.archs)))]
             if "90a" in built.archs:
                 ext.define_macros.append(("ATTENT_SM90A", None))
-            # The runtime is linked in, and its symbols are hidden: torch's own copy is another one.
+            # The runtime is linked in, its symbols are not exported: torch has a copy of its own.
             ext.extra_link_args += [
                 f"-L{built.toolkit.library}", "-l:libcudart_static.a", "-lrt", "-lpthread", "-ldl",
-                "-Wl,--exclude-libs,ALL",
             ]  # fmt: skip
             return
     ext.define_macros.append(("ATTENT_CUDA_ABSENT", c_string(absent)))

@@ -70,7 +70,7 @@ def _outdated_driver(driver: int, runtime: int) -> str | None:
 
 @functools.lru_cache(maxsize=16)
 def _unsupported(capability: tuple[int, int], archs: Sequence[str]) -> str | None:
-    """Machine code runs on its major version from its minor one on, with a letter on just that one; PTX on all later."""
+    """Machine code runs on its major version from its minor on, with a letter on just that one; PTX on all later."""
     major, minor = capability
     newest = 0
     for arch in archs:
