@@ -82,20 +82,31 @@ cuda: $(INSTALLED)  ## the CUDA kernels, compiled by nvcc; no spills, the instru
 gpu: $(INSTALLED)  ## the tests that need a CUDA device
 	$(PYTEST) -m gpu $(NONE_IS_FINE)
 
-# The wheel is made from the source distribution and installed where only its dependencies are borrowed from .venv (a
-# path in a .pth file is searched, but its own .pth files, the editable install among them, are not read).
-.PHONY: build
-build: $(INSTALLED)  ## source distribution and wheel into dist/, and the wheel imported outside the checkout
-	rm -rf build dist
+# Source distribution and wheel into dist/, the wheel made from the source distribution and installed where only its
+# dependencies are borrowed from .venv (a path in a .pth file is searched, but its own .pth files, the editable install
+# among them, are not read). Then $$away is the folder, in which bin/python has it.
+define BUILD_AND_INSTALL_AWAY
+	rm -rf dist
 	$(BIN)/python -m build -q --no-isolation
 	away=$$(mktemp -d); trap 'rm -rf "$$away"' EXIT; \
 	$(BIN)/python -m venv --without-pip "$$away"; \
 	$(BIN)/python -m pip --python "$$away/bin/python" install -q --no-deps dist/*.whl; \
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-	    > "$$("$$away/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"; \
-	cd "$$away"; \
-	bin/python -c 'import sys, attent, attent_kernels; assert all(m.__file__.startswith(sys.prefix) for m in (attent, attent_kernels)); print("imported attent", attent.__version__, "from", attent.__file__)'; \
-	bin/attent --help > /dev/null
+	    > "$$("$$away/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
+endef
+
+.PHONY: build
+build: export ATTENT_CUDA := 0
+build: $(INSTALLED)  ## source distribution and wheel into dist/, and the wheel imported outside the checkout
+	$(BUILD_AND_INSTALL_AWAY); \
+	cp tools/check_wheel.py "$$away"; cd "$$away"; bin/python check_wheel.py --no-cuda; bin/attent --help > /dev/null
+
+.PHONY: wheel
+wheel: $(INSTALLED)  ## the wheel for this machine into dist/, with the CUDA kernels where there is an nvcc, and its tests
+	$(BUILD_AND_INSTALL_AWAY); \
+	cp -r tools/check_wheel.py tests benchmarks pyproject.toml "$$away"; cd "$$away"; \
+	bin/python check_wheel.py --native; \
+	OMP_NUM_THREADS=1 bin/python -m pytest -q tests/test_row_statistics.py tests/test_cuda_select_top_k.py tests/test_dispatch.py
 
 # The pretrained model's package asks for more than its files need.
 .PHONY: examples

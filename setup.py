@@ -12,11 +12,18 @@ left where Python finds it: in the installed package (``attent_kernels/_native_f
     ATTENT_NATIVE=0    nothing is compiled
     ATTENT_CUDA=1      a missing or failing nvcc is an error
     ATTENT_CUDA=0      the CPU part only
+
+For another Python than the one that builds, whose headers lie in a folder of their own, and for a wheel that says which
+CUDA it is for (a local version, as package indexes other than PyPI take them):
+
+    ATTENT_FOR_PYTHON=3.12:/usr/include/python3.12
+    ATTENT_LOCAL_VERSION=cu13
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
@@ -24,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -32,6 +40,12 @@ sys.path.insert(0, str(ROOT / "tools"))  # a build frontend does not put it ther
 import cuda_build  # noqa: E402
 
 WANTED = os.environ.get("ATTENT_NATIVE", "")
+LOCAL_VERSION = os.environ.get("ATTENT_LOCAL_VERSION", "")
+FOR_PYTHON, _, HEADERS = os.environ.get("ATTENT_FOR_PYTHON", "").partition(":")
+if FOR_PYTHON and not (re.fullmatch(r"3\.\d+", FOR_PYTHON) and Path(HEADERS, "Python.h").is_file()):
+    sys.exit(
+        f"ATTENT_FOR_PYTHON: got {FOR_PYTHON}:{HEADERS}; takes VERSION:FOLDER, such as 3.12:/usr/include/python3.12"
+    )
 REASON_FILE = "_native_failure.txt"
 # No -march: each hot function names its own instruction set and is picked at run time, so one build runs on any CPU.
 COMPILE_ARGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fopenmp"]
@@ -60,7 +74,7 @@ def native_extensions() -> list[Extension]:
             "attent_kernels._native",
             sources=sources,
             depends=sorted(glob("csrc/**/*.*", recursive=True)),
-            include_dirs=[pybind11.get_include()],
+            include_dirs=[pybind11.get_include(), *([HEADERS] if HEADERS else [])],
             extra_compile_args=COMPILE_ARGS,
             extra_link_args=LINK_ARGS,
             language="c++",
@@ -88,6 +102,10 @@ class BuildNative(build_ext):
             reason.parent.mkdir(parents=True, exist_ok=True)
             reason.write_text(f"{said}\n", encoding="utf-8")
 
+    def get_ext_filename(self, fullname: str) -> str:
+        name: str = super().get_ext_filename(fullname)
+        return re.sub(r"cpython-\d+", f"cpython-{FOR_PYTHON.replace('.', '')}", name) if FOR_PYTHON else name
+
     def compile_side_by_side(self) -> None:
         """Let the compiler take several files at a time: setuptools gives it one after another."""
         one_after_another = self.compiler.compile
@@ -109,6 +127,16 @@ class BuildNative(build_ext):
             if built_reason.exists():
                 self.copy_file(str(built_reason), str(package / REASON_FILE))
         super().copy_extensions_to_source()
+
+
+class Wheel(bdist_wheel):
+    """``bdist_wheel`` that is named after the Python it was built for."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        if FOR_PYTHON and abi != "none":
+            python = abi = f"cp{FOR_PYTHON.replace('.', '')}"
+        return python, abi, platform
 
 
 def add_cuda(ext: Extension) -> None:
@@ -160,4 +188,8 @@ def announce(reason: str) -> None:
     )
 
 
-setup(ext_modules=native_extensions(), cmdclass={"build_ext": BuildNative})
+setup(
+    ext_modules=native_extensions(),
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
+    options={"egg_info": {"tag_build": f"+{LOCAL_VERSION}"}} if LOCAL_VERSION else {},
+)
