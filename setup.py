@@ -130,7 +130,15 @@ class BuildNative(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """``bdist_wheel`` that is named after the Python it was built for."""
+    """``bdist_wheel`` that is named after what it holds: the Python the module was built for; any, without a module."""
+
+    def run(self) -> None:
+        self.run_command("build_ext")
+        made = self.get_finalized_command("build_ext")
+        if self.distribution.ext_modules and not any(Path(file).exists() for file in made.get_outputs()):
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
+        super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
         python, abi, platform = super().get_tag()
