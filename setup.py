@@ -1,28 +1,57 @@
-"""Builds the optional native module ``attent_kernels._native`` from csrc/*.cpp. All else is said in pyproject.toml.
+"""Builds the optional native module ``attent_kernels._native``. All else about the package is said in pyproject.toml.
 
-The module makes the torch backend faster on CPUs; attent computes the same without it. So a missing compiler or a
-failed build does not stop the installation: it goes on in pure torch. Because pip hides a build's output, the reason is
-also left in the installed package (``attent_kernels/_native_failure.txt``). The environment decides otherwise:
+It has two parts. csrc/*.cpp makes the torch backend faster on CPUs. csrc/cuda/*.cu, where there is an nvcc, are the
+kernels of backend "cuda" (tools/cuda_build.py, which says how to choose). Building takes neither torch nor a GPU.
+
+attent computes the same without the module. So a missing compiler or a failed build does not stop the installation: it
+goes on in pure torch, and without nvcc with the CPU part alone. Because pip hides a build's output, the reason is also
+left where Python finds it: in the installed package (``attent_kernels/_native_failure.txt``), or in the module
+(``_native.cuda_absent``). The environment decides otherwise:
 
     ATTENT_NATIVE=1    a failed build is an error
     ATTENT_NATIVE=0    nothing is compiled
+    ATTENT_CUDA=1      a missing or failing nvcc is an error
+    ATTENT_CUDA=0      the CPU part only
+
+For another Python than the one that builds, whose headers lie in a folder of their own, and for a wheel that says which
+CUDA it is for (a local version, as package indexes other than PyPI take them):
+
+    ATTENT_FOR_PYTHON=3.12:/usr/include/python3.12
+    ATTENT_LOCAL_VERSION=cu13
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))  # a build frontend does not put it there
+
+import cuda_build  # noqa: E402
+
 WANTED = os.environ.get("ATTENT_NATIVE", "")
+LOCAL_VERSION = os.environ.get("ATTENT_LOCAL_VERSION", "")
+FOR_PYTHON, _, HEADERS = os.environ.get("ATTENT_FOR_PYTHON", "").partition(":")
+if FOR_PYTHON and not (re.fullmatch(r"3\.\d+", FOR_PYTHON) and Path(HEADERS, "Python.h").is_file()):
+    sys.exit(
+        f"ATTENT_FOR_PYTHON: got {FOR_PYTHON}:{HEADERS}; takes VERSION:FOLDER, such as 3.12:/usr/include/python3.12"
+    )
 REASON_FILE = "_native_failure.txt"
 # No -march: each hot function names its own instruction set and is picked at run time, so one build runs on any CPU.
 COMPILE_ARGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fopenmp"]
 LINK_ARGS = ["-fopenmp"]
+if sys.platform == "linux":
+    LINK_ARGS.append("-Wl,--version-script=csrc/exports.map")
 
 
 def native_extensions() -> list[Extension]:
@@ -36,7 +65,7 @@ def native_extensions() -> list[Extension]:
         import pybind11
     except ImportError:
         # Only without build isolation: otherwise pyproject.toml brings it.
-        if WANTED == "1":
+        if WANTED == "1" or cuda_build.wanted() == "1":
             raise
         announce("pybind11 is not installed")
         return []
@@ -44,23 +73,25 @@ def native_extensions() -> list[Extension]:
         Extension(
             "attent_kernels._native",
             sources=sources,
-            depends=sorted(glob("csrc/*.h")),
-            include_dirs=[pybind11.get_include()],
+            depends=sorted(glob("csrc/**/*.*", recursive=True)),
+            include_dirs=[pybind11.get_include(), *([HEADERS] if HEADERS else [])],
             extra_compile_args=COMPILE_ARGS,
             extra_link_args=LINK_ARGS,
             language="c++",
-            optional=WANTED != "1",
+            optional=WANTED != "1" and cuda_build.wanted() != "1",
         )
     ]
 
 
 class BuildNative(build_ext):
-    """``build_ext`` that leaves the reason in the package when an optional build fails."""
+    """``build_ext`` with nvcc's part, which leaves the reason in the package when an optional build fails."""
 
     def build_extension(self, ext: Extension) -> None:
         reason = Path(self.build_lib, *ext.name.split(".")).with_name(REASON_FILE)
         reason.unlink(missing_ok=True)
         try:
+            add_cuda(ext)
+            self.compile_side_by_side()
             super().build_extension(ext)
         except Exception as problem:
             if not ext.optional:
@@ -70,6 +101,21 @@ class BuildNative(build_ext):
             announce(said)
             reason.parent.mkdir(parents=True, exist_ok=True)
             reason.write_text(f"{said}\n", encoding="utf-8")
+
+    def get_ext_filename(self, fullname: str) -> str:
+        name: str = super().get_ext_filename(fullname)
+        return re.sub(r"cpython-\d+", f"cpython-{FOR_PYTHON.replace('.', '')}", name) if FOR_PYTHON else name
+
+    def compile_side_by_side(self) -> None:
+        """Let the compiler take several files at a time: setuptools gives it one after another."""
+        one_after_another = self.compiler.compile
+
+        def compile(sources: list[str], *args: Any, **options: Any) -> list[str]:
+            with ThreadPoolExecutor(cuda_build.jobs()) as pool:
+                compiled = pool.map(lambda source: one_after_another([source], *args, **options), sources)
+                return [object for objects in compiled for object in objects]
+
+        self.compiler.compile = compile
 
     def copy_extensions_to_source(self) -> None:
         """After an editable or in-place build the checkout holds what was built, and nothing of an older build."""
@@ -81,6 +127,55 @@ class BuildNative(build_ext):
             if built_reason.exists():
                 self.copy_file(str(built_reason), str(package / REASON_FILE))
         super().copy_extensions_to_source()
+
+
+class Wheel(bdist_wheel):
+    """``bdist_wheel`` that is named after what it holds: the Python the module was built for; any, without a module."""
+
+    def run(self) -> None:
+        self.run_command("build_ext")
+        made = self.get_finalized_command("build_ext")
+        if self.distribution.ext_modules and not any(Path(file).exists() for file in made.get_outputs()):
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        if FOR_PYTHON and abi != "none":
+            python = abi = f"cp{FOR_PYTHON.replace('.', '')}"
+        return python, abi, platform
+
+
+def add_cuda(ext: Extension) -> None:
+    """Compile csrc/cuda and give the extension its objects; or give it the reason why it has none."""
+    if cuda_build.wanted() == "0":
+        absent = "it was left out (ATTENT_CUDA=0)"
+    else:
+        try:
+            built = cuda_build.build(ROOT, ROOT / "build" / "cuda")
+        except cuda_build.NoCuda as problem:
+            if cuda_build.wanted() == "1":
+                raise
+            absent = str(problem)
+            print(f"attent: the CUDA kernels were NOT built: {absent}", file=sys.stderr, flush=True)
+        else:
+            ext.extra_objects += built.objects
+            ext.define_macros += [("ATTENT_CUDA", None), ("ATTENT_CUDA_ARCHS", c_string(";".join(built.archs)))]
+            if "90a" in built.archs:
+                ext.define_macros.append(("ATTENT_SM90A", None))
+            # The runtime is linked in, its symbols are not exported: torch has a copy of its own.
+            ext.extra_link_args += [
+                f"-L{built.toolkit.library}", "-l:libcudart_static.a", "-lrt", "-lpthread", "-ldl",
+            ]  # fmt: skip
+            return
+    ext.define_macros.append(("ATTENT_CUDA_ABSENT", c_string(absent)))
+
+
+def c_string(text: str) -> str:
+    """``text`` as a literal of C++."""
+    plain = text.encode("ascii", "replace").decode().replace("\\", "/").replace('"', "'").replace("\n", " ")
+    return f'"{plain}"'
 
 
 def in_brief(problem: str) -> str:
@@ -101,4 +196,8 @@ def announce(reason: str) -> None:
     )
 
 
-setup(ext_modules=native_extensions(), cmdclass={"build_ext": BuildNative})
+setup(
+    ext_modules=native_extensions(),
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
+    options={"egg_info": {"tag_build": f"+{LOCAL_VERSION}"}} if LOCAL_VERSION else {},
+)

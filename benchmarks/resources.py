@@ -4,6 +4,8 @@ For sm_80, sm_90 and sm_100: registers a thread, stack (spills), shared memory, 
 loop has, whether a block barrier lies before every ticket, and the processor seconds of compiling (next to none where
 Triton's cache has it). ``--check`` fails on a stack, on too much shared memory, on a ticket without barrier, on a slow
 compilation, and where sm_90's warpgroup products are missing.
+
+``--cuda``: the same of the CUDA C++ kernels, from the module that ``make cuda`` builds (``cuda_resources.py``).
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from . import cuda_resources
 from .ahead_of_time import CAPABILITIES, SHARED_LIMIT, Compiled, compiled_for, unordered_tickets
 from .provenance import gpu_provenance, save
 from .resource_cases import Case, cases, with_triton
@@ -64,7 +68,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--decisive", action="store_true", help="only what the tests compile")
     parser.add_argument("--check", action="store_true", help="exit with 1 if anything is wrong")
     parser.add_argument("--save", action="store_true", help="write the table to benchmarks/results/resources")
+    parser.add_argument("--cuda", action="store_true", help="the CUDA C++ kernels of a built native module instead")
+    parser.add_argument("--module", type=Path, help="that module; by default make cuda's, else the installed one")
     asked = parser.parse_args(arguments)
+    if asked.cuda:
+        return cuda(asked.module, asked.save, asked.check)
     rows: list[dict[str, Any]] = []
     wrong: list[str] = []
     sizes = f"{'warps':>5} {'stages':>6} {'registers':>9} {'stack':>5} {'shared':>7} {'seconds':>7}"
@@ -91,12 +99,29 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{capability:3}  WRONG: {complaint}  {case.op}: {case.name}", flush=True)
                 wrong.append(f"sm_{capability}, {case.op}: {case.name}: {complaint}")
     if asked.save:
-        result = {
-            "provenance": gpu_provenance(), "capabilities": asked.capability, "wrong": wrong, "kernels": rows,
-        }  # fmt: skip
-        print(f"saved to {save('resources', result)}")
+        what = {"capabilities": asked.capability, "wrong": wrong, "kernels": rows}
+        print(f"saved to {save('resources', {'provenance': gpu_provenance()} | what)}")
     print(f"{len(rows)} kernels, {len(wrong)} things wrong")
     return 1 if wrong and asked.check else 0
+
+
+def cuda(module: Path | None, keep: bool, check: bool) -> int:
+    """The table of a native module's CUDA kernels."""
+    module = module or cuda_resources.built_module()
+    if module is None:
+        print("there is no native module with CUDA kernels: make cuda builds one", file=sys.stderr)
+        return 2
+    found = cuda_resources.functions(module)
+    for line in cuda_resources.table(found):
+        print(line)
+    wrong = list(cuda_resources.problems(found))
+    for complaint in wrong:
+        print(f"WRONG: {complaint}")
+    if keep:
+        result = {"provenance": gpu_provenance(), "wrong": wrong, "kernels": [function._asdict() for function in found]}
+        print(f"saved to {save('resources_cuda', result)}")
+    print(f"{len(found)} kernels, {len(wrong)} things wrong")
+    return 1 if wrong and check else 0
 
 
 if __name__ == "__main__":
