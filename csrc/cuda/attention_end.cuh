@@ -40,53 +40,28 @@ __device__ __forceinline__ float load_number(const void* data, Dtype dtype, int6
     return to_float32(static_cast<const BFloat16*>(data)[at]);
 }
 
-// Whether a target's rows can be copied as they are.
+// The lane's part of sum |f - y|^2 of this warp's rows; the target's are on their way to where the queries were.
 template <typename C>
-__device__ __forceinline__ bool target_is_copied(const ScoredAttention& a) {
-    const Target& target = a.target;
-    return !C::FEW && target.rows.data != nullptr && target.dtype == a.dtype && target.column == 1 &&
-           (reinterpret_cast<uintptr_t>(target.rows.data) % 16 |
-            ((target.rows.example | target.rows.head | target.rows.row) & (CHUNK - 1))) == 0;
-}
-
-// The lane's part of sum |f - y|^2 of this warp's rows.
-template <typename C>
-__device__ __forceinline__ float square_residual(const Found<C>& found, const ScoredAttention& a, const Unit& unit,
-                                                 int warp_row, const Lane& at) {
+__device__ __forceinline__ float square_residual(const Found<C>& found, int row_of_tile, int rows) {
     using T = typename C::T;
-    const bool is_copied = target_is_copied<C>(a);
-    if (is_copied) {
-        wait_for_copies<0>();
-        __syncwarp();  // the other lanes' copies too
-    }
+    wait_for_copies<0>();
+    __syncwarp();  // the other lanes' copies too
+    const int lane_bytes = static_cast<int>(threadIdx.x) % 4 * 4;
     float square = 0.0f;
 #pragma unroll
     for (int m = 0; m < C::ROW_TILES; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int row_of_tile = warp_row + at.row + 16 * m + 8 * half, row = unit.first_row + row_of_tile;
-            if (row >= unit.end_row) continue;
-            const int64_t start = unit.example * a.target.rows.example + unit.head * a.target.rows.head +
-                                  (static_cast<int64_t>(unit.queries.first) + row) * a.target.rows.row;
+            const int row = row_of_tile + 16 * m + 8 * half;
+            float of_row = 0.0f;
 #pragma unroll
-            for (int n = 0; n < C::WIDTH / 8; ++n) {
-                const int column = 8 * n + at.column;
-                const float* f = &found.output[m][n][2 * half];
-                if (is_copied) {  // columns from value_width on are 0 there as in the output
-                    const uint32_t y =
-                        load_shared_4(query_tile<C>() + offset_in_tile<C::WIDTH>(row_of_tile, n) + at.column * 2);
-                    const float low = f[0] - low_of<T>(y), high = f[1] - high_of<T>(y);
-                    square += low * low + high * high;
-                } else {
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        if (column + i >= a.sizes.value_width) continue;
-                        const float residual = f[i] - load_number(a.target.rows.data, a.target.dtype,
-                                                                  start + (column + i) * a.target.column);
-                        square += residual * residual;
-                    }
-                }
+            for (int n = 0; n < C::WIDTH / 8; ++n) {  // columns from value_width on are 0 there as in the output
+                const uint32_t y = load_shared_4(query_tile<C>() + offset_in_tile<C::WIDTH>(row, n) + lane_bytes);
+                const float low = found.output[m][n][2 * half] - low_of<T>(y);
+                const float high = found.output[m][n][2 * half + 1] - high_of<T>(y);
+                of_row += low * low + high * high;
             }
+            if (row < rows) square += of_row;
         }
     }
     return square;
@@ -122,37 +97,9 @@ __device__ __forceinline__ void store_column_sums(const Found<C>& found, float* 
     }
 }
 
-// One row of the example, if it is one of this warp's, to its place [B, heads, value_width] of the pooled output.
+// This warp's rows of the output, rounded, to where its queries were: there a row's chunks of 16 bytes come together.
 template <typename C>
-__device__ __forceinline__ void store_pooled_row(const Found<C>& found, const ScoredAttention& a, const Unit& unit,
-                                                 int warp_row, const Lane& at) {
-    using T = typename C::T;
-    const int pooled_row = a.classifier.pool == Pool::last ? max(unit.queries.rows - 1, 0) : 0;
-    T* pooled = static_cast<T*>(a.classifier.pooled) +
-                (static_cast<int64_t>(unit.example) * a.sizes.heads + unit.head) * a.sizes.value_width;
-#pragma unroll
-    for (int m = 0; m < C::ROW_TILES; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            if (unit.first_row + warp_row + at.row + 16 * m + 8 * half != pooled_row) continue;
-#pragma unroll
-            for (int n = 0; n < C::WIDTH / 8; ++n) {
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const int column = 8 * n + at.column + i;
-                    if (column < a.sizes.value_width) pooled[column] = from_float<T>(found.output[m][n][2 * half + i]);
-                }
-            }
-        }
-    }
-}
-
-// Output and logsumexp of this warp's rows, by way of shared memory: there a row's chunks of 16 bytes come together.
-template <typename C>
-__device__ __forceinline__ void store_rows(const Found<C>& found, const float (&logsumexp)[C::ROW_TILES][2],
-                                           const ScoredAttention& a, const Unit& unit, int warp_row, const Lane& at) {
-    using T = typename C::T;
-    const AttentionSizes& sizes = a.sizes;
+__device__ __forceinline__ SharedAddress stage_rows(const Found<C>& found, int warp_row, const Lane& at) {
     const SharedAddress staged = query_tile<C>() + warp_row * C::WIDTH * 2;
     __syncwarp();  // all lanes have read what lies there
 #pragma unroll
@@ -163,12 +110,50 @@ __device__ __forceinline__ void store_rows(const Found<C>& found, const float (&
             for (int half = 0; half < 2; ++half) {
                 const float* two = &found.output[m][n][2 * half];
                 store_shared_4(staged + offset_in_tile<C::WIDTH>(at.row + 16 * m + 8 * half, n) + at.column * 2,
-                               pack<T>(two[0], two[1]));
+                               pack<typename C::T>(two[0], two[1]));
             }
         }
     }
     __syncwarp();  // the other lanes' numbers are there
+    return staged;
+}
 
+// A staged chunk to its place in a row of `width` numbers; `by_chunks`: all of the row's chunks are whole and aligned.
+template <typename T>
+__device__ __forceinline__ void store_chunk(T* row, int chunk, int width, bool by_chunks, const uint4& numbers) {
+    if (chunk * CHUNK >= width) return;
+    if (by_chunks) {
+        *reinterpret_cast<uint4*>(row + chunk * CHUNK) = numbers;
+        return;
+    }
+    const uint32_t pairs[4] = {numbers.x, numbers.y, numbers.z, numbers.w};
+#pragma unroll
+    for (int j = 0; j < CHUNK; ++j) {
+        if (chunk * CHUNK + j < width) {
+            row[chunk * CHUNK + j] = T{static_cast<uint16_t>(pairs[j / 2] >> (j % 2 * 16) & 0xffffu)};
+        }
+    }
+}
+
+// The example's pooled row, if it is one of this warp's, to its place [B, heads, value_width] of the pooled output.
+template <typename C>
+__device__ __forceinline__ void store_pooled_row(SharedAddress staged, const ScoredAttention& a, const Unit& unit,
+                                                 int warp_row, const Lane& at) {
+    const int pooled_row = a.classifier.pool == Pool::last ? max(unit.queries.rows - 1, 0) : 0;
+    const int row = pooled_row - unit.first_row - warp_row, width = a.sizes.value_width;
+    if (row < 0 || row >= C::WARP_ROWS || at.lane >= C::WIDTH / CHUNK) return;
+    auto* pooled = static_cast<typename C::T*>(a.classifier.pooled) +
+                   (static_cast<int64_t>(unit.example) * a.sizes.heads + unit.head) * width;
+    store_chunk(pooled, at.lane, width, width % CHUNK == 0,
+                load_shared_16(staged + offset_in_tile<C::WIDTH>(row, at.lane)));
+}
+
+// Output of this warp's rows, and their logsumexp.
+template <typename C>
+__device__ __forceinline__ void store_rows(SharedAddress staged, const float (&logsumexp)[C::ROW_TILES][2],
+                                           const ScoredAttention& a, const Unit& unit, int warp_row, const Lane& at) {
+    using T = typename C::T;
+    const AttentionSizes& sizes = a.sizes;
     // Of packed examples only their own rows are stored, of padded ones the padding too; or the one row that is computed.
     const int stored = sizes.only_pooled_row ? 1 : (sizes.is_packed ? unit.end_row : sizes.rows) - unit.first_row;
     const int64_t first = sizes.only_pooled_row ? (sizes.is_packed ? unit.example : 0)
@@ -178,24 +163,13 @@ __device__ __forceinline__ void store_rows(const Found<C>& found, const float (&
 #pragma unroll 4
     for (int i = at.lane; i < C::WARP_ROWS * (C::WIDTH / CHUNK); i += 32) {
         const int row = i / (C::WIDTH / CHUNK), chunk = i % (C::WIDTH / CHUNK);
-        if (warp_row + row >= stored || chunk * CHUNK >= sizes.value_width) continue;
-        T* place = output + (warp_row + row) * a.results.output.row + chunk * CHUNK;
-        const uint4 numbers = load_shared_16(staged + offset_in_tile<C::WIDTH>(row, chunk));
-        if (by_chunks) {
-            *reinterpret_cast<uint4*>(place) = numbers;
-        } else {
-            const uint32_t pairs[4] = {numbers.x, numbers.y, numbers.z, numbers.w};
-#pragma unroll
-            for (int j = 0; j < CHUNK; ++j) {
-                if (chunk * CHUNK + j < sizes.value_width) {
-                    place[j] = T{static_cast<uint16_t>(pairs[j / 2] >> (j % 2 * 16) & 0xffffu)};
-                }
-            }
-        }
+        if (warp_row + row >= stored) continue;
+        store_chunk(output + (warp_row + row) * a.results.output.row, chunk, sizes.value_width, by_chunks,
+                    load_shared_16(staged + offset_in_tile<C::WIDTH>(row, chunk)));
     }
 
-    float* of_rows = a.results.logsumexp + unit.example * a.results.logsumexp_example +
-                     unit.head * a.results.logsumexp_head + first;
+    float* of_rows =
+        a.results.logsumexp + unit.example * a.results.logsumexp_example + unit.head * a.results.logsumexp_head + first;
     if (at.column != 0) return;
 #pragma unroll
     for (int m = 0; m < C::ROW_TILES; ++m) {
@@ -209,16 +183,18 @@ __device__ __forceinline__ void store_rows(const Found<C>& found, const float (&
 
 // The end of one tile of an example; all threads. `owns_rows`: the warp holds rows of the tile.
 template <typename C>
-__device__ __forceinline__ void end_of_tile(Found<C>& found, const ScoredAttention& a, const Unit& unit,
-                                            bool owns_rows, const Lane& at) {
+__device__ __forceinline__ void end_of_tile(Found<C>& found, const ScoredAttention& a, const Unit& unit, bool owns_rows,
+                                            const Lane& at) {
     const int warp_row = at.warp % C::ROW_WARPS * C::WARP_ROWS;
     float logsumexp[C::ROW_TILES][2];
     finish<C>(found, logsumexp, unit.first_row + warp_row + at.row, unit.end_row);
     if (unit.own_tile < unit.own_tiles) {
-        if (a.target.rows.data != nullptr) {
+        if (a.target.data != nullptr) {
             __shared__ float squares[MOST_WARPS];
             if (owns_rows) {
-                const float square = sum_of_warp(square_residual<C>(found, a, unit, warp_row, at));
+                if (C::FEW) copy_target<C>(a, unit, warp_row, at.lane);
+                const float square =
+                    sum_of_warp(square_residual<C>(found, warp_row + at.row, unit.end_row - unit.first_row));
                 if (at.lane == 0) squares[at.warp] = square;
             }
             __syncthreads();  // all warps' squares are there
@@ -231,11 +207,13 @@ __device__ __forceinline__ void end_of_tile(Found<C>& found, const ScoredAttenti
             float* ring = reinterpret_cast<float*>(dynamic_shared() + C::SHAPE.query_bytes());
             static_assert(C::ROW_WARPS * C::WIDTH * 4 <= C::SLOTS * C::SHAPE.slot_bytes());
             store_column_sums<C>(found, a.workspace.slots + unit.slot() * C::WIDTH, ring, owns_rows, at);
-        } else if (owns_rows) {
-            store_pooled_row<C>(found, a, unit, warp_row, at);
         }
     }
-    if (a.results.output.data != nullptr && owns_rows) store_rows<C>(found, logsumexp, a, unit, warp_row, at);
+    const bool stores_pooled = a.target.data == nullptr && a.classifier.pool != Pool::mean;
+    if (!owns_rows || (a.results.output.data == nullptr && !stores_pooled)) return;
+    const SharedAddress staged = stage_rows<C>(found, warp_row, at);
+    if (stores_pooled) store_pooled_row<C>(staged, a, unit, warp_row, at);
+    if (a.results.output.data != nullptr) store_rows<C>(staged, logsumexp, a, unit, warp_row, at);
 }
 
 // The sum of an example's slots over its heads and tiles, on all threads. `sums` is [MOST_WARPS].

@@ -126,16 +126,17 @@ __device__ inline PackedTile find_packed_tile(const int32_t* cu, int examples, i
 struct Unit {
     int example, head, split;
     Segment queries, keys;
-    int own_tile, own_tiles;         // own_tile >= own_tiles: padding, or nobody's
-    int64_t first_tile, all_tiles;   // of the example, and of a head: where its slots are
-    int first_row, end_row;          // of the example, that are computed
-    int64_t tile;                    // of all heads: its ticket, with splits
+    int own_tile, own_tiles;        // own_tile >= own_tiles: padding, or nobody's
+    int64_t first_tile, all_tiles;  // of the example, and of a head: where its slots are
+    int first_row, end_row;         // of the example, that are computed
+    int64_t tile;                   // of all heads: its ticket, with splits
 
     __device__ __forceinline__ int64_t slot() const { return head * all_tiles + first_tile + own_tile; }
 };
 
 // Units are [heads, tiles] of packed examples, [examples, heads, tiles] of padded ones, each with its splits.
-__device__ inline Unit find_unit(const ScoredAttention& a, int64_t block, int tiles, int splits, int block_m, int lane) {
+__device__ inline Unit find_unit(const ScoredAttention& a, int64_t block, int tiles, int splits, int block_m,
+                                 int lane) {
     const AttentionSizes& sizes = a.sizes;
     Unit unit;
     unit.split = static_cast<int>(block % splits);

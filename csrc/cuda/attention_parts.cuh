@@ -72,8 +72,7 @@ __device__ __forceinline__ void fold_parts(RowPart<WIDTH>& folded, const float* 
         folded.sum = folded.sum * factors.scale + other_sum * factors.other_scale;
 #pragma unroll
         for (int j = 0; j < WIDTH / 32; ++j) {
-            const auto* place =
-                reinterpret_cast<const float4*>(slot + 32 + row * part_pitch(WIDTH) + column + 32 * j);
+            const auto* place = reinterpret_cast<const float4*>(slot + 32 + row * part_pitch(WIDTH) + column + 32 * j);
             const float4 other = FROM_OTHERS ? __ldcg(place) : *place;
             float4& own = folded.output[j];
             own.x = own.x * factors.scale + other.x * factors.other_scale;

@@ -54,8 +54,8 @@ __device__ __forceinline__ SharedAddress ring_slot(int item) {
     return query_tile<C>() + C::SHAPE.query_bytes() + item % C::SLOTS * C::SHAPE.slot_bytes();
 }
 
-// The keys of one block: tiles of BLOCK_N from `low` on. In tiles within [inner_low, inner_high) every row looks at every
-// key; keys rise with rows, so only those before and behind need masks.
+// The keys of one block: `count` tiles of BLOCK_N from `low` on. In tiles within [inner_low, inner_high) every row looks
+// at every key; keys rise with rows, so only those before and behind need masks.
 struct KeyTiles {
     int low, inner_low, inner_high, count;
 };
@@ -78,20 +78,34 @@ __device__ __forceinline__ KeyTiles key_tiles(const ScoredAttention& a, const Un
     return tiles;
 }
 
+// What the loop keeps in registers of what the block works on.
+template <typename T>
+struct KeySource {
+    const T* key;  // the example's first, of the head
+    const T* value;
+    int rows, keys;  // of the example
+    KeyTiles tiles;
+};
+template <typename C>
+__device__ __forceinline__ KeySource<typename C::T> key_source(const ScoredAttention& a, const Unit& unit, int splits) {
+    using T = typename C::T;
+    const int head = unit.head / a.sizes.heads_per_key;
+    return {row_of<T>(a.key, unit.example, head, unit.keys.first),
+            row_of<T>(a.value, unit.example, head, unit.keys.first), unit.queries.rows, unit.keys.rows,
+            key_tiles<C>(a, unit, splits)};
+}
+
 // Start to copy the ring's `item`-th tile: even ones are keys, odd ones values. One group of copies, if empty.
 template <typename C>
-__device__ __forceinline__ void copy_item(const ScoredAttention& a, const Unit& unit, const KeyTiles& tiles, int item,
+__device__ __forceinline__ void copy_item(const ScoredAttention& a, const KeySource<typename C::T>& source, int item,
                                           int thread) {
-    using T = typename C::T;
-    if (item < 2 * tiles.count) {
+    if (item < 2 * source.tiles.count) {
         const bool is_key = item % 2 == 0;
-        const Rows& from = is_key ? a.key : a.value;
-        const int first = tiles.low + item / 2 * C::BLOCK_N;
-        const T* start = row_of<T>(from, unit.example, unit.head / a.sizes.heads_per_key,
-                                   static_cast<int64_t>(unit.keys.first) + first);
-        copy_tile_async<T, C::BLOCK_N, C::WIDTH, C::THREADS>(ring_slot<C>(item), start, from.row,
-                                                             unit.keys.rows - first,
-                                                             is_key ? a.sizes.width : a.sizes.value_width, thread);
+        const int first = source.tiles.low + item / 2 * C::BLOCK_N;
+        const int64_t stride = is_key ? a.key.row : a.value.row;
+        copy_tile_async<typename C::T, C::BLOCK_N, C::WIDTH, C::THREADS>(
+            ring_slot<C>(item), (is_key ? source.key : source.value) + first * stride, stride, source.keys - first,
+            is_key ? a.sizes.width : a.sizes.value_width, thread);
     }
     commit_copies();
 }
@@ -158,7 +172,7 @@ __device__ __forceinline__ void multiply_values(Found<C>& found, const float (&s
 // Logits in base 2 from products, but for the factor that is returned: it is left to the exponent's multiply-add.
 template <typename C>
 __device__ __forceinline__ float to_logits(float (&s)[C::ROW_TILES][C::WARP_KEYS / 8][4], const ScoredAttention& a,
-                                           const Unit& unit, bool is_masked, int first_row, int first_key) {
+                                           int rows, int keys, bool is_masked, int first_row, int first_key) {
     float factor = fabsf(a.scale) * LOG2_E;
     if (a.scale < 0.0f) {  // the maximum of what is to be multiplied by the factor is taken: it has to be positive
 #pragma unroll
@@ -188,7 +202,7 @@ __device__ __forceinline__ float to_logits(float (&s)[C::ROW_TILES][C::WARP_KEYS
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int row = first_row + 16 * m + 8 * half;
-                const KeyRange range = keys_of(row, unit.queries.rows, unit.keys.rows, a.left, a.right);
+                const KeyRange range = keys_of(row, rows, keys, a.left, a.right);
 #pragma unroll
                 for (int n = 0; n < C::WARP_KEYS / 8; ++n) {
 #pragma unroll
@@ -241,23 +255,25 @@ __device__ __forceinline__ void add_to_softmax(Found<C>& found, float (&s)[C::RO
     }
 }
 
-// Start to copy this warp's rows of the target over its queries.
+// Start to copy this warp's rows of the target, if there is one, over its queries.
 template <typename C>
 __device__ __forceinline__ void copy_target(const ScoredAttention& a, const Unit& unit, int warp_row, int lane) {
     using T = typename C::T;
+    if (a.target.data == nullptr) return;
     __syncwarp();  // all lanes have read the queries
     const int first = unit.first_row + warp_row;
-    const T* start = row_of<T>(a.target.rows, unit.example, unit.head, static_cast<int64_t>(unit.queries.first) + first);
-    copy_tile_async<T, C::WARP_ROWS, C::WIDTH, 32>(query_tile<C>() + warp_row * C::WIDTH * 2, start, a.target.rows.row,
+    const T* start = row_of<T>(a.target, unit.example, unit.head, static_cast<int64_t>(unit.queries.first) + first);
+    copy_tile_async<T, C::WARP_ROWS, C::WIDTH, 32>(query_tile<C>() + warp_row * C::WIDTH * 2, start, a.target.row,
                                                    unit.end_row - first, a.sizes.value_width, lane);
 }
 
-// What this warp finds of its rows and its part of the keys; sums are of whole rows.
+// What this warp finds of its rows and its part of the keys; sums are of whole rows. `unit` is in shared memory, where it
+// takes no registers from the loop.
 template <typename C>
 __device__ __forceinline__ void attend(Found<C>& found, const ScoredAttention& a, const Unit& unit, int splits,
-                                       bool copies_target, const Lane& at) {
+                                       const Lane& at) {
     using T = typename C::T;
-    const KeyTiles tiles = key_tiles<C>(a, unit, splits);
+    const KeySource<T> source = key_source<C>(a, unit, splits);
     const int warp_row = at.warp % C::ROW_WARPS * C::WARP_ROWS, warp_key = at.warp / C::ROW_WARPS * C::WARP_KEYS;
 #pragma unroll
     for (int m = 0; m < C::ROW_TILES; ++m) {
@@ -271,38 +287,40 @@ __device__ __forceinline__ void attend(Found<C>& found, const ScoredAttention& a
     }
 
     // The queries land with the first item: they are in its group.
-    const T* queries = row_of<T>(a.query, unit.example, unit.head,
-                                 static_cast<int64_t>(unit.queries.first) + unit.first_row);
+    const T* queries =
+        row_of<T>(a.query, unit.example, unit.head, static_cast<int64_t>(unit.queries.first) + unit.first_row);
     copy_tile_async<T, C::BLOCK_M, C::WIDTH, C::THREADS>(query_tile<C>(), queries, a.query.row,
                                                          unit.end_row - unit.first_row, a.sizes.width, at.thread);
 #pragma unroll
-    for (int item = 0; item < C::SLOTS - 1; ++item) copy_item<C>(a, unit, tiles, item, at.thread);
+    for (int item = 0; item < C::SLOTS - 1; ++item) copy_item<C>(a, source, item, at.thread);
 
-    for (int tile = 0; tile < tiles.count; ++tile) {
-        const int first_key = tiles.low + tile * C::BLOCK_N;
+    const int first_row = unit.first_row + warp_row + at.row;
+#pragma unroll 1
+    for (int tile = 0; tile < source.tiles.count; ++tile) {
+        const int first_key = source.tiles.low + tile * C::BLOCK_N;
         wait_for_copies<C::SLOTS - 2>();
         // Everybody's copies of these keys are visible, and nobody reads the values before them any more.
         __syncthreads();
-        copy_item<C>(a, unit, tiles, 2 * tile + C::SLOTS - 1, at.thread);
+        copy_item<C>(a, source, 2 * tile + C::SLOTS - 1, at.thread);
         float s[C::ROW_TILES][C::WARP_KEYS / 8][4];
         multiply_keys<C>(s, ring_slot<C>(2 * tile), warp_row, warp_key, at.lane);
 
-        const bool is_masked = first_key < tiles.inner_low || first_key + C::BLOCK_N > tiles.inner_high;
-        const float factor = to_logits<C>(s, a, unit, is_masked, unit.first_row + warp_row + at.row,
-                                          first_key + warp_key + at.column);
+        const bool is_masked = first_key < source.tiles.inner_low || first_key + C::BLOCK_N > source.tiles.inner_high;
+        const float factor =
+            to_logits<C>(s, a, source.rows, source.keys, is_masked, first_row, first_key + warp_key + at.column);
         add_to_softmax<C>(found, s, factor);
 
         wait_for_copies<C::SLOTS - 2>();
         // Everybody's copies of these values are visible, and nobody reads the keys before them any more.
         __syncthreads();
-        if (copies_target && tile == tiles.count - 1) copy_target<C>(a, unit, warp_row, at.lane);
-        copy_item<C>(a, unit, tiles, 2 * tile + C::SLOTS, at.thread);
+        if (!C::FEW && tile == source.tiles.count - 1) copy_target<C>(a, unit, warp_row, at.lane);
+        copy_item<C>(a, source, 2 * tile + C::SLOTS, at.thread);
         multiply_values<C>(found, s, ring_slot<C>(2 * tile + 1), warp_key, at.lane);
     }
-    if (tiles.count == 0) {
+    if (source.tiles.count == 0) {
         wait_for_copies<0>();  // the queries are on their way to where other things are put next
         __syncthreads();       // other threads' too
-        if (copies_target) copy_target<C>(a, unit, warp_row, at.lane);
+        if (!C::FEW) copy_target<C>(a, unit, warp_row, at.lane);
     }
 #pragma unroll
     for (int m = 0; m < C::ROW_TILES; ++m) {

@@ -15,7 +15,7 @@
 
 namespace attent::gpu {
 
-constexpr int CLASS_TILES = 4;                // of 8 classes, that a warp multiplies with every feature it reads
+constexpr int CLASS_TILES = 4;  // of 8 classes, that a warp multiplies with every feature it reads
 constexpr int WARP_CLASSES = 8 * CLASS_TILES;
 
 // Of the logits that a lane, a warp or the block has seen of one example.
@@ -122,8 +122,9 @@ __device__ __forceinline__ void logits_of(float (&z)[CLASS_TILES][4], const Scor
             const int row = first_class + 8 * n + at.column + i % 2, example = first_example + at.row + i / 2 * 8;
             if (row >= classifier.classes || example >= a.sizes.examples) continue;
             if (!in_chunks) {
-                z[n][i] = multiply_row(static_cast<const T*>(classifier.pooled) + static_cast<int64_t>(example) * features,
-                                       classifier.weight, row, features);
+                z[n][i] =
+                    multiply_row(static_cast<const T*>(classifier.pooled) + static_cast<int64_t>(example) * features,
+                                 classifier.weight, row, features);
             }
             if (classifier.bias.data != nullptr) {
                 z[n][i] += load_number(classifier.bias.data, classifier.bias.dtype, row * classifier.bias.row);
@@ -185,10 +186,9 @@ __device__ __forceinline__ void read_out(const ScoredAttention& a, int group, Re
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int from = 4 * at.row + i;
-            const LogitStatistics other{__shfl_sync(0xffffffffu, found[half].max, from),
-                                        __shfl_sync(0xffffffffu, found[half].others, from),
-                                        __shfl_sync(0xffffffffu, found[half].square, from),
-                                        __shfl_sync(0xffffffffu, found[half].own, from)};
+            const LogitStatistics other{
+                __shfl_sync(0xffffffffu, found[half].max, from), __shfl_sync(0xffffffffu, found[half].others, from),
+                __shfl_sync(0xffffffffu, found[half].square, from), __shfl_sync(0xffffffffu, found[half].own, from)};
             add_statistics(of_row, other);
         }
         if (at.column == 0) shared.of_warps[at.warp][at.row + 8 * half] = of_row;
@@ -213,8 +213,7 @@ __device__ __forceinline__ void read_out(const ScoredAttention& a, int group, Re
         max[half] = all.max;
         if (at.warp == 0 && at.column == 0 && is_there) {
             const float loss = (is_valid ? log_normaliser - own : 0.0f) + bad[half];
-            const float norm =
-                (is_valid ? sqrtf(all.others * all.others + all.square) / normaliser : 0.0f) + bad[half];
+            const float norm = (is_valid ? sqrtf(all.others * all.others + all.square) / normaliser : 0.0f) + bad[half];
             a.results.losses[example] = loss;
             if (a.score == Score::loss) a.results.scores[example] = loss;
             if (a.score == Score::logit) a.results.scores[example] = norm;

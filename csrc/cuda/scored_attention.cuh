@@ -38,9 +38,9 @@ __device__ __forceinline__ void end_of_example(const ScoredAttention& a, const U
     static_assert(sizeof(ReadoutShared) <= C::SHAPE.shared_bytes());
     if (at.thread == 0) a.results.valid[unit.example] = unit.queries.rows > 0;
     int to_come = a.sizes.examples;
-    if (a.target.rows.data != nullptr) {
-        const float square = add_slots(a.workspace.slots, unit, a.sizes.heads, C::THREADS,
-                                       reinterpret_cast<float*>(shared), at);
+    if (a.target.data != nullptr) {
+        const float square =
+            add_slots(a.workspace.slots, unit, a.sizes.heads, C::THREADS, reinterpret_cast<float*>(shared), at);
         if (at.thread == 0) store_loss_and_score(a, unit.example, square, unit.queries.rows);
     } else {
         if (a.classifier.pool == Pool::mean) pool_mean<C>(a, unit, at.thread);
@@ -50,22 +50,26 @@ __device__ __forceinline__ void end_of_example(const ScoredAttention& a, const U
         to_come = groups;
     }
     if (a.choice.index == nullptr || !take_ticket(tickets, to_come)) return;
-    const SelectArgs<float> choice{a.results.scores, a.results.valid,  a.sizes.examples,   a.choice.k,
-                                   a.choice.k_floor, a.choice.temperature, a.choice.seed, a.choice.index,
+    const SelectArgs<float> choice{a.results.scores, a.results.valid,      a.sizes.examples, a.choice.k,
+                                   a.choice.k_floor, a.choice.temperature, a.choice.seed,    a.choice.index,
                                    a.choice.score,   a.choice.inclusion,   a.choice.scratch};
     select_in_block(Block{C::THREADS}, choice, *reinterpret_cast<SelectShared<SELECT_KEYS>*>(shared));
 }
 
 template <typename C>
-__global__ void __launch_bounds__(C::THREADS)
+__global__ void __launch_bounds__(C::THREADS, 1)
     scored_attention_kernel(const __grid_constant__ ScoredAttention a, int tiles, int splits) {
     const Lane at = this_lane();
-    const Unit unit = find_unit(a, blockIdx.x, tiles, splits, C::BLOCK_M, at.lane);
-    const bool is_nobodys = a.sizes.is_packed && unit.own_tile >= unit.own_tiles;
-    if (is_nobodys) return;
+    __shared__ Unit unit;
+    if (at.warp == 0) {
+        const Unit found = find_unit(a, blockIdx.x, tiles, splits, C::BLOCK_M, at.lane);
+        if (at.lane == 0) unit = found;
+    }
+    __syncthreads();                                                   // the unit is there; it does not change any more
+    if (a.sizes.is_packed && unit.own_tile >= unit.own_tiles) return;  // nobody's
     const int groups = (a.sizes.examples + GROUP - 1) / GROUP;
     Found<C> found;
-    attend<C>(found, a, unit, splits, target_is_copied<C>(a), at);
+    attend<C>(found, a, unit, splits, at);
     if constexpr (C::KEY_WARPS > 1) {
         int* tile_tickets = a.workspace.tickets + 1 + groups + a.sizes.examples;
         if (!fold_keys<C>(found, a, unit, splits, tile_tickets, at)) return;

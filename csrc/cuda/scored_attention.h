@@ -24,7 +24,8 @@ enum class Pool : int { mean = 0, first = 1, last = 2 };
 enum class Score : int { none = 0, loss = 1, residual = 2, logit = 3, head = 4 };
 enum class PerExample : int { sum = 0, mean = 1, rms = 2 };
 
-// A tensor's rows by example, head and row; of a packed tensor the example's stride is 0. Columns are side by side.
+// A tensor's rows by example, head and row; of a packed tensor the example's stride is 0. Columns are side by side, and
+// rows of query, key, value and target start at multiples of 16 bytes.
 struct Rows {
     void* data;
     int64_t example, head, row;
@@ -43,12 +44,6 @@ struct View {
     const void* data;
     Dtype dtype;
     int64_t row, column;
-};
-
-struct Target {
-    Rows rows;  // data null: none
-    Dtype dtype;
-    int64_t column;  // stride
 };
 
 // W [C, F] of the pooled output [B, F], F = heads x Dv; weight.data null: none.
@@ -108,13 +103,13 @@ struct AttentionSizes {
 
 struct ScoredAttention {
     AttentionSizes sizes;
-    Dtype dtype;  // of query, key, value and output
+    Dtype dtype;  // of query, key, value, target and output
     Rows query, key, value;
+    Rows target;  // data null: none
     Segments queries, keys;
     int left, right;  // keys before and behind a query's own position; -1: no limit
     float scale;
     float softcap;  // 0: none
-    Target target;
     Classifier classifier;
     Score score;
     PerExample per_example;
@@ -144,8 +139,12 @@ struct TileShape {
 
 // Floats that a part of the keys leaves of a tile of 16 rows: maxima, sums, weighted sums. Rows of the last are 8 longer
 // than wide, so that 4 of them side by side lie in different banks of shared memory.
-constexpr int part_pitch(int width) { return width + 8; }
-constexpr int part_floats(int width) { return 32 + 16 * part_pitch(width); }
+constexpr int part_pitch(int width) {
+    return width + 8;
+}
+constexpr int part_floats(int width) {
+    return 32 + 16 * part_pitch(width);
+}
 
 // Numbers behind the choice, for a warp of R rows, N keys and width D. Registers a thread: R D / 32 + R N / 32 float32
 // accumulators, + 60 or so, of 255. Each tile of keys that is read from shared memory serves R rows: with 16 the reads
@@ -169,8 +168,8 @@ struct AttentionPlan {
     int64_t blocks;
     int tiles;  // of rows: of each example, or of all packed ones
     int splits;
-    int64_t tickets;     // int32
-    int64_t slots;       // floats
+    int64_t tickets;      // int32
+    int64_t slots;        // floats
     int64_t split_slots;  // floats
 };
 

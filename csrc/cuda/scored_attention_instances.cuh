@@ -5,11 +5,11 @@
 
 namespace attent::gpu {
 
-#define ATTENT_SCORED_ATTENTION(WIDTH)                                                                        \
-    Status launch_scored_attention_##WIDTH(const ScoredAttention& a, const AttentionPlan& plan, bool few,     \
-                                           cudaStream_t stream) {                                             \
-        if (a.dtype == Dtype::float16) return launch_width<Half, WIDTH>(a, plan, few, stream);                \
-        return launch_width<BFloat16, WIDTH>(a, plan, few, stream);                                           \
+#define ATTENT_SCORED_ATTENTION(WIDTH)                                                                    \
+    Status launch_scored_attention_##WIDTH(const ScoredAttention& a, const AttentionPlan& plan, bool few, \
+                                           cudaStream_t stream) {                                         \
+        if (a.dtype == Dtype::float16) return launch_width<Half, WIDTH>(a, plan, few, stream);            \
+        return launch_width<BFloat16, WIDTH>(a, plan, few, stream);                                       \
     }
 
 // Few queries have tiles of 64, 128 and 256: what counts there is memory, and smaller ones would not read less.
