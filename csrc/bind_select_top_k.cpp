@@ -76,7 +76,7 @@ void select_top_k(uintptr_t score, int dtype, uintptr_t valid, int64_t n, int64_
 }  // namespace
 
 void bind_select_top_k(py::module_& module, py::module_& testing) {
-    py::class_<gpu::SelectTopKPlan>(module, "SelectTopKPlan")
+    py::class_<gpu::SelectTopKPlan>(module, "SelectTopKPlan", py::module_local())
         .def_readonly("blocks", &gpu::SelectTopKPlan::blocks)
         .def_readonly("threads", &gpu::SelectTopKPlan::threads)
         .def_readonly("scratch_length", &gpu::SelectTopKPlan::scratch_length);

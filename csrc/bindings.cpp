@@ -84,5 +84,6 @@ PYBIND11_MODULE(_native, module) {
     module.attr("openmp") = false;  // built without OpenMP: `threads` is taken and one is used
 #endif
     py::module_ testing = module.def_submodule("testing", "Host versions of what GPU kernels do, for tests.");
+    attent::bind_cuda_build(module);
     attent::bind_select_top_k(module, testing);
 }

@@ -34,6 +34,9 @@ inline void raise_unless_ok(const gpu::Status& status) {
     if (status.kind == gpu::Status::failed) throw std::runtime_error(status.message);
 }
 
+// What this build's CUDA part is and what the machine's driver can do.
+void bind_cuda_build(pybind11::module_& module);
+
 // `testing` is the submodule of host versions: what a kernel's code does, run by the host's compiler.
 void bind_select_top_k(pybind11::module_& module, pybind11::module_& testing);
 
