@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cuda/scored_attention.h"
+#include "cuda/select.cuh"
 
 namespace attent::gpu {
 
@@ -42,6 +43,7 @@ AttentionPlan plan_scored_attention(const AttentionSizes& sizes) {
     plan.tickets = 1 + (sizes.examples + GROUP - 1) / GROUP + sizes.examples + (plan.splits > 1 ? units : 0);
     plan.slots = sizes.has_target ? units : sizes.pool == Pool::mean ? units * plan.shape.width : 0;
     plan.split_slots = plan.splits > 1 ? units * plan.splits * part_floats(plan.shape.width) : 0;
+    plan.choice_scratch = select_scratch_length(sizes.examples);
     return plan;
 }
 

@@ -265,6 +265,7 @@ __device__ __forceinline__ void copy_target(const ScoredAttention& a, const Unit
     const T* start = row_of<T>(a.target, unit.example, unit.head, static_cast<int64_t>(unit.queries.first) + first);
     copy_tile_async<T, C::WARP_ROWS, C::WIDTH, 32>(query_tile<C>() + warp_row * C::WIDTH * 2, start, a.target.row,
                                                    unit.end_row - first, a.sizes.value_width, lane);
+    commit_copies();
 }
 
 // What this warp finds of its rows and its part of the keys; sums are of whole rows. `unit` is in shared memory, where it

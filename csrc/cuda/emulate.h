@@ -83,6 +83,11 @@ inline Schedule& schedule() {
     return chosen;
 }
 
+inline int& launches() {
+    static int count = 0;
+    return count;
+}
+
 constexpr int WARP = 32;
 constexpr size_t STACK = 256 << 10;  // of a thread; far more than any kernel's frames
 
@@ -237,6 +242,7 @@ inline void run_threads(const std::vector<std::unique_ptr<unsigned char[]>>& sta
 // Run `kernel(arguments...)` on a grid; throws what a thread throws.
 template <typename... Parameters>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 size, size_t shared_bytes, Parameters... arguments) {
+    ++launches();
     auto call = [&] { kernel(arguments...); };
     Block& b = block();
     const int threads = static_cast<int>(size.x);

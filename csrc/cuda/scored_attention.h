@@ -97,8 +97,7 @@ struct AttentionSizes {
     bool only_pooled_row;  // of each example only the pooled row ("first" or "last") is computed
     bool has_target;
     Pool pool;
-    int processors;        // streaming multiprocessors
-    int max_shared_bytes;  // a block may have
+    int processors;  // streaming multiprocessors
 };
 
 struct ScoredAttention {
@@ -163,14 +162,19 @@ constexpr TileShape tile_shape(int width, bool few) {
     return TileShape{256, 1, 8, 1, 32, 2};
 }
 
+static_assert(tile_shape(64, false).shared_bytes() <= 96 << 10 && tile_shape(96, false).shared_bytes() <= 96 << 10 &&
+              tile_shape(128, false).shared_bytes() <= 96 << 10 && tile_shape(192, false).shared_bytes() <= 96 << 10 &&
+              tile_shape(256, false).shared_bytes() <= 96 << 10 && tile_shape(256, true).shared_bytes() <= 96 << 10);
+
 struct AttentionPlan {
     TileShape shape;
     int64_t blocks;
     int tiles;  // of rows: of each example, or of all packed ones
     int splits;
-    int64_t tickets;      // int32
-    int64_t slots;        // floats
-    int64_t split_slots;  // floats
+    int64_t tickets;         // int32
+    int64_t slots;           // floats
+    int64_t split_slots;     // floats
+    int64_t choice_scratch;  // int64, if there is a choice
 };
 
 AttentionPlan plan_scored_attention(const AttentionSizes& sizes);
