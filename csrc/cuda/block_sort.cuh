@@ -64,7 +64,7 @@ ATTENT_HD void bitonic_stage(const Block& block, int64_t* keys, int count, int r
     }
 }
 
-// Sorts keys [count] in place, count > 0; the memory behind them up to a power of two is written, too. shared: `width`
+// Sorts keys [count] in place, count > 0; the memory behind them up to a power of two is written, too. They may be other blocks'. shared: `width`
 // keys, a power of two.
 ATTENT_HD void sort_in_block(const Block& block, int64_t* keys, int count, int64_t* shared, int width) {
     const int padded = static_cast<int>(power_of_two(count));
@@ -75,7 +75,7 @@ ATTENT_HD void sort_in_block(const Block& block, int64_t* keys, int count, int64
             block.phase([&](int thread) {
                 for (int i = thread; i < part; i += block.threads) {
                     const bool is_there = first > 2 || start + i < count;  // the first stages see no padding yet
-                    shared[shared_place(i)] = is_there ? keys[start + i] : kLastRank;
+                    shared[shared_place(i)] = is_there ? load_of_others(keys + start + i) : kLastRank;
                 }
             });
             for (int run = first; run <= stage; run *= 2) {
