@@ -27,7 +27,7 @@ namespace attent::gpu {
 
 constexpr int SELECT_KEYS = 1024;  // that are sorted in shared memory at a time: 16 KB with the rest of SelectShared
 
-// An example's loss and score, a group's readout, the choice: by whoever is the last of each.
+// An example's loss and score, a group's readout, the choice: by whoever is the last of each. All threads.
 template <typename C>
 __device__ __forceinline__ void end_of_example(const ScoredAttention& a, const Unit& unit, int groups, const Lane& at) {
     // Tickets: of all, of groups, of examples, of tiles.
@@ -56,6 +56,7 @@ __device__ __forceinline__ void end_of_example(const ScoredAttention& a, const U
     select_in_block(Block{C::THREADS}, choice, *reinterpret_cast<SelectShared<SELECT_KEYS>*>(shared));
 }
 
+// One block a processor is asked for, so that registers may be 255: left alone, the compiler spills to fit more blocks.
 template <typename C>
 __global__ void __launch_bounds__(C::THREADS, 1)
     scored_attention_kernel(const __grid_constant__ ScoredAttention a, int tiles, int splits) {
@@ -69,8 +70,9 @@ __global__ void __launch_bounds__(C::THREADS, 1)
             source = key_source<C>(a, found, splits);
         }
     }
-    __syncthreads();                                                   // both are there; they do not change any more
-    if (a.sizes.is_packed && unit.own_tile >= unit.own_tiles) return;  // nobody's
+    __syncthreads();  // both are there; they do not change any more
+    const bool is_nobodys = a.sizes.is_packed && unit.own_tile >= unit.own_tiles;
+    if (is_nobodys) return;
     const int groups = (a.sizes.examples + GROUP - 1) / GROUP;
     Found<C> found;
     attend<C>(found, a, unit, source, at);
