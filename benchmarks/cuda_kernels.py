@@ -23,4 +23,5 @@ KERNELS = (
     Kernel("select_floor", some=("16 bytes",)),
     Kernel("select_write", some=("16 bytes",)),
     Kernel("select_outputs"),
+    Kernel("scored_attention", every=("HMMA", "LDSM", "LDGSTS", "16 bytes")),
 )
