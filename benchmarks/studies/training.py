@@ -55,7 +55,7 @@ def train(
     return {
         "steps": steps, "examples": examples, "plan": plan.details,
         "seconds": seconds, "teaching_seconds": clock.teaching_seconds + scoring, "unchosen_seconds": unchosen,
-        "validation": learner.evaluate("validation"), "test": learner.evaluate("test"),
+        "value": learner.evaluate("validation" if seed == TUNING_SEED else "test"),
     }  # fmt: skip
 
 
