@@ -12,7 +12,7 @@ from attent.demo.arms import warmup_cosine
 from .arms import ARMS, Run
 from .clock import Clock, now
 from .costs import StudyCosts
-from .study import Study
+from .study import TUNING_SEED, Study
 
 
 def budget_of(study: Study, examples: int, share: float) -> float:
