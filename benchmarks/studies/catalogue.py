@@ -51,10 +51,10 @@ def _entries(scale: str) -> Iterator[_Entry]:
     small = scale == "small"
     vit = vision.Sizes(train=3000, validation=1000, test=6000, width=32, depth=1, heads=4, patch=7)
     vit_passes, mae_passes = 8.0, 5.0
-    gpt = language.Sizes(train=2000, validation=150, test=600, length=48, width=48, depth=2)
-    gpt_passes, lora_passes = 3.0, 5.0
-    lora = replace(gpt, train=1000, length=64, pretraining=(600, 16), rank=4)
-    passages = sentences.Sizes(train=320, validation=200, test=500, length=16, periods=4)
+    gpt = language.Sizes(train=800, validation=200, test=800, length=48, width=48, depth=2)
+    gpt_passes, lora_passes = 5.0, 6.0
+    lora = replace(gpt, train=600, pretraining=(800, 16), rank=4)
+    passages = sentences.Sizes(train=256, validation=200, test=500, length=16, periods=4)
     if not small:
         vit = vision.Sizes(train=50_000, validation=5_000, test=10_000, width=192, depth=6, heads=6, patch=4)
         vit_passes, mae_passes = 20.0, 20.0
@@ -69,7 +69,7 @@ def _entries(scale: str) -> Iterator[_Entry]:
     images: dict[str, Any] = {**common, "learning_rates": rates}
     yield _Entry("vit", functools.partial(_vision, sizes=vit, passes=vit_passes, common=images))
     few = {"batch_sizes": (8, 16) if small else batches, "device": device}
-    words: dict[str, Any] = {**few, "learning_rates": (3e-3, 8e-3) if small else (5e-4, 1e-3)}
+    words: dict[str, Any] = {**few, "learning_rates": (4e-3, 1.2e-2) if small else (5e-4, 1e-3)}
     yield _Entry("gpt", functools.partial(_language, sizes=gpt, passes=gpt_passes, common=words))
     tail = replace(vit, variant="long tail", train=1463 if small else 12_000)
     many = vit_passes * vit.train / tail.train if small else vit_passes
