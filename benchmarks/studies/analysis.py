@@ -14,6 +14,7 @@ from .arms import FULL
 from .record import read
 from .study import TUNING_SEED
 from .sweep import BUDGETS
+from .tuning import best_point
 
 #: P(an existing difference's interval leaves 0 out) that the smallest detectable difference is stated for.
 POWER = 0.8
@@ -118,8 +119,15 @@ def landed(path: Path, budgets: Sequence[float] = BUDGETS) -> Landed | None:
     if not costs:
         return None
     about = costs[-1]
-    runs = [r for r in records if r["kind"] == "run" and r["of"] == about["key"] and r["seed"] != TUNING_SEED]
-    arms = list(dict.fromkeys(r["arm"] for r in runs))
+    every = [r for r in records if r["kind"] == "run" and r["of"] == about["key"]]
+    batches, rates = about["settings"]["grid"]
+    points = [(batch, rate) for batch in batches for rate in rates]
+    sign = 1 if about["settings"]["metric"][1] else -1
+    arms = list(dict.fromkeys(r["arm"] for r in every))
+    best = {arm: best_point(every, arm, points, sign) for arm in arms}
+    if None in best.values():
+        return None
+    runs = [r for r in every if r["seed"] != TUNING_SEED and (r["batch_size"], r["learning_rate"]) == best[r["arm"]]]
 
     def is_whole(seed: int) -> bool:
         there = {(r["arm"], r["budget"]) for r in runs if r["seed"] == seed}

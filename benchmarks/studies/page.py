@@ -15,6 +15,7 @@ from .arms import ARMS, FULL
 from .catalogue import names
 from .figure import draw
 from .study import TUNING_BUDGET
+from .tuning import SECOND_BUDGET
 
 DOCS = RESULTS.parent.parent / "docs"
 FIGURE = "studies.png"
@@ -54,9 +55,9 @@ def _introduction(scale: str) -> Iterator[str]:
         "Seconds are processor seconds of the process, with one torch thread, since other work shared the machine; they"
         " still grow when others use its caches, so steps are allotted by costs that were measured side by side"
         " beforehand, and the tables show the seconds that the runs then took. Batch size and learning rate are chosen"
-        f" for each arm from the same grid of four, at a budget of {TUNING_BUDGET:.0%}, with a seed and a validation"
-        " part that the tables do not use (one run a point: the choice is noisy). Seeds draw the initial learner"
-        " and the order of the data; the data are the same."
+        f" for each arm from the same grid of four (all at a budget of {TUNING_BUDGET:.0%}, the better two again at"
+        f" {SECOND_BUDGET:.0%}), with a seed and a validation part that the tables do not use. Seeds draw the initial"
+        " learner and the order of the data; the data are the same."
     )
     if scale == "small":
         yield ""
@@ -199,8 +200,8 @@ def _repeat(scale: str) -> Iterator[str]:
     yield (
         "A run lands in `benchmarks/results/studies/` as soon as it is done, under a hash of its settings and of the"
         " code it depends on (words and layout of that code do not count); `--resume` skips those that are there. Two"
-        " processes may share the studies between them with `--study`. `--scale gpu` has larger learners and data; it"
-        " was not yet run on a GPU."
+        " processes may share the studies between them (`--share`), each with one thread. `--scale gpu` has larger"
+        " learners and data; it was not yet run on a GPU."
     )
 
 

@@ -40,6 +40,10 @@ class Results:
     def find(self, kind: str, key: str) -> dict[str, Any] | None:
         return next((r for r in self._records if r["kind"] == kind and r["key"] == key), None)
 
+    def of(self, key: str) -> list[dict[str, Any]]:
+        """All runs of a study's settings and code."""
+        return [record for record in self._records if record["kind"] == "run" and record["of"] == key]
+
     def clear(self) -> None:
         """Start anew."""
         self.path.unlink(missing_ok=True)

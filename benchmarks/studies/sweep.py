@@ -15,6 +15,7 @@ from .costs import StudyCosts, measure
 from .record import Results, code_version, key_of
 from .study import TUNING_BUDGET, TUNING_SEED, Study
 from .training import train
+from .tuning import SECOND_BUDGET, best_point, better_half
 
 #: Shares of full training's seconds.
 BUDGETS = (0.5, 0.65, 0.8, 1.0)
@@ -45,17 +46,15 @@ class Sweep:
     def run(self) -> None:
         """Whatever has not landed yet: the grid first, then seed by seed all arms and budgets."""
         found = self._costs()
-        for point in self.tuning():
-            self._land(found, point)
+        for arm in ARMS:
+            first = {p: self._tuned(found, arm, p, TUNING_BUDGET) for p in self.study.points}
+            for point in better_half(first):
+                self._tuned(found, arm, point, SECOND_BUDGET)
         for point in self.sweep():
             self._land(found, point)
 
-    def tuning(self) -> Iterator[Point]:
-        for arm in ARMS:
-            for batch_size, rate in self.study.points:
-                yield Point(arm, batch_size, rate, TUNING_BUDGET, TUNING_SEED)
-
     def sweep(self) -> Iterator[Point]:
+        """Every arm at its best point."""
         best = {arm: self.best(arm) for arm in ARMS}
         for seed in range(self.study.seeds):
             for budget in self.budgets:
@@ -63,15 +62,16 @@ class Sweep:
                     yield Point(arm, *best[arm], budget, seed)
 
     def best(self, arm: str) -> tuple[int, float]:
-        """The point of the grid with the best validation; the first of equals."""
-        sign = self.study.metric.sign
+        """Its point of the grid; an error before the grid has landed."""
+        runs = self.results.of(key_of(self._base))
+        found = best_point(runs, arm, self.study.points, self.study.metric.sign)
+        assert found is not None, f"{self.study.name}: {arm} was not tuned"
+        return found
 
-        def value(point: tuple[int, float]) -> float:
-            landed = self.results.find("run", self._key(Point(arm, *point, TUNING_BUDGET, TUNING_SEED)))
-            assert landed is not None, f"{self.study.name}: {arm} was not tuned at {point}"
-            return sign * float(landed["value"])
-
-        return max(self.study.points, key=value)
+    def _tuned(self, found: StudyCosts, arm: str, point: tuple[int, float], budget: float) -> float:
+        """The value of a run on the validation part; more is better."""
+        record = self._land(found, Point(arm, *point, budget, TUNING_SEED))
+        return self.study.metric.sign * float(record["value"])
 
     def _costs(self) -> StudyCosts:
         """As measured when the study began: runs that resume get the steps that the others got."""
@@ -87,16 +87,16 @@ class Sweep:
     def _key(self, point: Point) -> str:
         return key_of({**self._base, **vars(point)})
 
-    def _land(self, found: StudyCosts, point: Point) -> None:
+    def _land(self, found: StudyCosts, point: Point) -> dict[str, Any]:
         key = self._key(point)
-        if self.results.find("run", key) is not None:
-            return
+        kept = self.results.find("run", key)
+        if kept is not None:
+            return kept
         outcome: dict[str, Any] = train(self.study, found, **vars(point))
-        self.results.append({"kind": "run", "key": key, "of": key_of(self._base), **vars(point), **outcome})
+        record = {"kind": "run", "key": key, "of": key_of(self._base), **vars(point), **outcome}
+        self.results.append(record)
         said = f"{self.study.name:22} {point.arm:20} b {point.batch_size:>3} lr {point.learning_rate:<7g}"
         value = f"{outcome['value']:.{self.study.metric.digits}f}"
-        print(
-            f"{said} {point.budget:4.0%} seed {point.seed:<4} {value} {outcome['seconds']:.2f} s",
-            file=sys.stderr,
-            flush=True,
-        )
+        seconds = f"{outcome['seconds']:.2f} s"
+        print(f"{said} {point.budget:4.0%} seed {point.seed:<4} {value} {seconds}", file=sys.stderr, flush=True)
+        return record
