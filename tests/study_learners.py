@@ -13,8 +13,9 @@ from benchmarks.studies import study as study_module
 from benchmarks.studies.arms import ARMS, FULL, Plan, Run
 from benchmarks.studies.clock import Clock
 from benchmarks.studies.costs import Costs, StudyCosts
-from benchmarks.studies.study import TUNING_SEED, Metric, Study
+from benchmarks.studies.study import TUNING_BUDGET, TUNING_SEED, Metric, Study
 from benchmarks.studies.sweep import BUDGETS
+from benchmarks.studies.tuning import SECOND_BUDGET
 
 COSTS = Costs(plain=1.0, scored=1.05, pool=1.4, by_loss=1.35, two_pass=1.7, engine="two_pass", start=0.0)
 BATCH = 8
@@ -69,8 +70,15 @@ def taught(arm: str, levels: Tensor, budget: float) -> tuple[Plan, Known, list[t
     return plan, learner, [(float(loss.detach()), ids) for loss, ids in ARMS[arm].teach(run)]
 
 
+#: Values of the grid's points (batch size, learning rate): the first of each is the sweep's, the second not far below.
+GRID = {(32, 0.01): 3.0, (16, 0.01): 2.0, (32, 0.001): 1.0, (16, 0.001): 0.0}
+
+
 def write_results(folder: Path, name: str, gains: dict[str, float], higher: bool = True, seeds: int = 3) -> Path:
-    """Runs whose value is 80 + 10·budget + seed/10, better by ``gains[arm]``, ± 0.05 by seed for all arms but full."""
+    """Runs whose value is 80 + 10·budget + seed/10, better by ``gains[arm]``, ± 0.05 by seed for all arms but full.
+
+    Lines: the costs, the grid's runs (four points an arm, then two), then seed by seed.
+    """
     about: dict[str, Any] = {
         "kind": "costs", "key": "k", "title": f"Title of {name}", "margin": 0.5, "seeds": seeds, "code": "c",
         "settings": {
@@ -79,17 +87,25 @@ def write_results(folder: Path, name: str, gains: dict[str, float], higher: bool
         },
         "provenance": {"torch": "2", "processor": "some", "date": "2026-01-01", "commit": "0123456789"},
     }  # fmt: skip
+    sign = 1 if higher else -1
+    records = [about]
+
+    def add(arm: str, point: tuple[int, float], budget: float, seed: int, value: float) -> None:
+        run = {"kind": "run", "of": "k", "arm": arm, "budget": budget, "seed": seed, "value": value}
+        run |= {"batch_size": point[0], "learning_rate": point[1], "seconds": 3 * budget, "teaching_seconds": 0.1}
+        records.append(run | {"unchosen_seconds": 0.0, "examples": 1000 * budget})
+
+    for arm in (FULL, *gains):
+        for point in GRID:
+            add(arm, point, TUNING_BUDGET, TUNING_SEED, sign * GRID[point])
+        for point in list(GRID)[:2]:
+            add(arm, point, SECOND_BUDGET, TUNING_SEED, sign * GRID[point])
+    for seed in range(seeds):
+        for budget in BUDGETS:
+            for arm in (FULL, *gains):
+                jitter = 0.05 * (seed % 3 - 1) * (arm != FULL)
+                add(arm, (32, 0.01), budget, seed, 80 + sign * (10 * budget + gains.get(arm, 0.0) + jitter) + seed / 10)
     path = folder / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        file.write(json.dumps(about) + "\n")
-        for seed in (*range(seeds), TUNING_SEED):
-            for budget in BUDGETS:
-                for arm in (FULL, *gains):
-                    jitter = 0.05 * (seed % 3 - 1) * (arm != FULL)
-                    value = 80 + (1 if higher else -1) * (10 * budget + gains.get(arm, 0.0) + jitter) + seed / 10
-                    run = {"kind": "run", "of": "k", "arm": arm, "budget": budget, "seed": seed, "value": value}
-                    run |= {"batch_size": 32, "learning_rate": 0.01, "seconds": 3 * budget, "teaching_seconds": 0.1}
-                    run |= {"unchosen_seconds": 0.0, "examples": 1000 * budget}
-                    file.write(json.dumps(run) + "\n")
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path

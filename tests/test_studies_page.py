@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -55,11 +56,22 @@ def test_seeds_count_once_all_of_their_runs_have_landed(tmp_path: Path) -> None:
     path = write_results(tmp_path, "vit", GAINS, seeds=4)
     whole = path.read_text().splitlines()
     runs_of_a_seed = len(BUDGETS) * (1 + len(GAINS))
-    path.write_text("\n".join(whole[: 1 + 4 * runs_of_a_seed - 1]) + "\n")
+    before = 1 + 6 * (1 + len(GAINS))  # the costs and the grid
+    path.write_text("\n".join(whole[: before + 4 * runs_of_a_seed - 1]) + "\n")
     study = landed(path)
     assert study is not None and study.seeds == [0, 1, 2]
-    path.write_text("\n".join(whole[: 1 + 3 * runs_of_a_seed - 1]) + "\n")
+    path.write_text("\n".join(whole[: before + 3 * runs_of_a_seed - 1]) + "\n")
     assert landed(path) is None
+
+
+def test_runs_at_a_point_that_is_no_longer_the_best_do_not_count(tmp_path: Path) -> None:
+    path = write_results(tmp_path, "vit", GAINS)
+    stale = [json.loads(line) for line in path.read_text().splitlines()[-len(BUDGETS) * (1 + len(GAINS)) :]]
+    with path.open("a") as file:
+        for run in stale:
+            file.write(json.dumps(run | {"learning_rate": 0.001, "value": 0.0}) + "\n")
+    study = landed(path)
+    assert study is not None and study.gain("harvest", 0.5).mean == pytest.approx(1.0)
 
 
 def test_the_page_says_helps_only_where_the_interval_does(tmp_path: Path) -> None:
@@ -76,7 +88,7 @@ def test_the_page_says_helps_only_where_the_interval_does(tmp_path: Path) -> Non
 def test_the_page_names_studies_that_have_begun(tmp_path: Path) -> None:
     write_results(tmp_path, "gpt", GAINS, seeds=2)
     text = "\n".join(lines(tmp_path, "small"))
-    assert "`gpt` (48 runs landed, fewer than 3 whole seeds)" in text and "Better or worse" not in text
+    assert "`gpt` (56 runs landed, fewer than 3 whole seeds)" in text and "Better or worse" not in text
 
 
 def test_page_and_figure_are_written(tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ class Landed:
     arms: list[str]
     budgets: list[float]
     seeds: list[int]
+    all_runs: int  # that landed, the grid's included
+    all_seconds: float  # of their training
 
     @property
     def sign(self) -> int:
@@ -136,7 +138,8 @@ def landed(path: Path, budgets: Sequence[float] = BUDGETS) -> Landed | None:
     whole = [seed for seed in sorted({r["seed"] for r in runs}) if is_whole(seed)]
     if len(whole) < FEWEST_SEEDS or FULL not in arms:
         return None
-    return Landed(path.stem, about, runs, arms, sorted(budgets), whole)
+    seconds = math.fsum(r["seconds"] for r in every)
+    return Landed(path.stem, about, runs, arms, sorted(budgets), whole, len(every), seconds)
 
 
 def begun(path: Path) -> int:

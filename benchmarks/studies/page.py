@@ -38,7 +38,7 @@ def lines(folder: Path, scale: str) -> Iterator[str]:
         yield f"![Metric against measured seconds, a panel for each study]({FIGURE})"
     for study in studies:
         yield ""
-        yield from _study(study)
+        yield from _study(study, scale)
     yield ""
     yield from _repeat(scale)
 
@@ -127,7 +127,7 @@ def _verdict(arm: str, studies: list[Landed]) -> str:
     return f"{arm}: " + "; ".join(f"{said} {', '.join(where)}" for said, where in by_verdict.items() if where) + "."
 
 
-def _study(study: Landed) -> Iterator[str]:
+def _study(study: Landed, scale: str) -> Iterator[str]:
     about, digits = study.about, _digits(study)
     settings = about["settings"]
     yield f"## {about['title']}"
@@ -185,8 +185,9 @@ def _study(study: Landed) -> Iterator[str]:
     where = about["provenance"]
     yield ""
     yield (
-        f"torch {where['torch']}, {where['processor']}, {where['date']}, commit {where['commit'][:7]}:"
-        f" [studies/{study.name}](../benchmarks/results/studies/small/{study.name}.jsonl)."
+        f"{study.all_runs} runs, the grid's included, {study.all_seconds:.0f} CPU s of training."
+        f" torch {where['torch']}, {where['processor']}, {where['date']}, commit {where['commit'][:7]}:"
+        f" [studies/{study.name}](../benchmarks/results/studies/{scale}/{study.name}.jsonl)."
     )
 
 
