@@ -54,7 +54,7 @@ def _entries(scale: str) -> Iterator[_Entry]:
     gpt = language.Sizes(train=800, validation=200, test=800, length=48, width=48, depth=2)
     gpt_passes, lora_passes = 5.0, 6.0
     lora = replace(gpt, train=600, pretraining=(800, 16), rank=4)
-    passages = sentences.Sizes(train=256, validation=200, test=500, length=16, periods=4)
+    passages = sentences.Sizes(train=400, validation=200, test=500, length=16, periods=3)
     if not small:
         vit = vision.Sizes(train=50_000, validation=5_000, test=10_000, width=192, depth=6, heads=6, patch=4)
         vit_passes, mae_passes = 20.0, 20.0
@@ -81,9 +81,9 @@ def _entries(scale: str) -> Iterator[_Entry]:
         name = "vit-" + variant.replace(" ", "-")
         sizes = replace(vit, variant=variant)
         yield _Entry(name, functools.partial(_vision, sizes=sizes, passes=vit_passes, common=images))
-    for name, rank, tuned in (("minilm", 0, (1e-4, 4e-4)), ("minilm-lora", 4, (2e-3, 6e-3))):
+    for name, rank, tuned in (("minilm", 0, (1e-4, 3e-4)), ("minilm-lora", 4, (2e-3, 6e-3))):
         sizes_of = replace(passages, rank=rank)
-        passes = 5.0 if small else 3.0
+        passes = 3.2 if small else 3.0
         few_rates = {**few, "learning_rates": tuned}
         yield _Entry(name, functools.partial(_sentences, sizes=sizes_of, passes=passes, common=few_rates))
 
