@@ -46,7 +46,7 @@ def add_contents(app: Sphinx, name: str, source: list[str]) -> None:
                 *(f"quickstart/{page}" for page in ("accelerate", "torchrun")),
             ]
         )
-        rest = "how-it-works\nchoosing\ntrainers\nreport\nscore-quality"
+        rest = "how-it-works\nchoosing\ntrainers\nreport\nscore-quality\nstudies\nperformance\nrobustness"
         for title, entries in (("Quickstarts", pages), ("Guides", rest), ("Reference", "api/index")):
             source[0] += f"\n\n```{{toctree}}\n:hidden:\n:caption: {title}\n\n{entries}\n```\n"
 
