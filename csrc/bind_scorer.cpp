@@ -30,7 +30,7 @@ int32_t narrow(int64_t value) { return static_cast<int32_t>(value); }
 
 /// The arguments by group, each as the launcher lists it.
 ScorerArgs scorer_args(const Integers<5>& hidden, const Integers<3>& weight, const Integers<4>& target,
-                       const Integers<3>& bias, const Integers<3>& class_weight, const Integers<3>& example_weight,
+                       int64_t bias, const Integers<3>& class_weight, const Integers<3>& example_weight,
                        const Integers<2>& cu_seqlens, const Integers<5>& sizes, int64_t ignore_index,
                        double label_smoothing, double softcap, const Integers<3>& how, const Integers<5>& outputs,
                        const Integers<7>& choice, double temperature, const Integers<13>& scratch,
@@ -44,7 +44,7 @@ ScorerArgs scorer_args(const Integers<5>& hidden, const Integers<3>& weight, con
     args.target = pointer<const void>(target[0]);
     args.target_example = target[1], args.target_token = target[2];
     args.target_number = static_cast<Number>(target[3]);
-    args.bias = vector(bias), args.class_weight = vector(class_weight), args.example_weight = vector(example_weight);
+    args.bias = pointer<const void>(bias), args.class_weight = vector(class_weight), args.example_weight = vector(example_weight);
     args.cu_seqlens = pointer<const int32_t>(cu_seqlens[0]), args.cu_seqlens_stride = cu_seqlens[1];
     args.tokens = narrow(sizes[0]), args.tokens_each = narrow(sizes[1]), args.batch = narrow(sizes[2]);
     args.width = narrow(sizes[3]), args.classes = narrow(sizes[4]);

@@ -31,7 +31,7 @@ const char* hopper_scorer_refuses(const ScorerArgs& args) {
     // A tensor map's rows lie evenly, a multiple of 16 bytes apart: examples have to follow one another as tokens do.
     const bool is_even = args.tokens_each == 1 || args.batch == 1 || args.cu_seqlens != nullptr ||
                          args.hidden_example == args.tokens_each * args.hidden_token;
-    const int64_t row = args.tokens_each == 1 ? args.hidden_example : args.hidden_token;
+    const int64_t row = hidden_row_stride(args);
     if (!is_even || row % 8 != 0 || args.weight_row % 8 != 0) {
         return "rows of input and linear_weight have to lie evenly, a multiple of 16 bytes apart";
     }

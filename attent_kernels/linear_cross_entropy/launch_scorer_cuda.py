@@ -66,6 +66,7 @@ def score_tokens(
     choose: Choose | None = None,
 ) -> Scored:
     """What :func:`.launch_scorer.score_tokens` does, for bfloat16 and float16 and targets that are class indices."""
+    linear_bias, weight = _adjacent(linear_bias), _adjacent(weight)
     batch = input.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     tokens, width, classes = input.shape[:-1].numel(), input.shape[-1], linear_weight.shape[0]
     tokens_each = max(1, input.shape[1]) if input.dim() == 3 else 1
@@ -113,7 +114,7 @@ def score_tokens(
                 hidden=(input.data_ptr(), hidden.example, hidden.token, hidden.column, _NUMBERS[input.dtype]),
                 weight=(linear_weight.data_ptr(), *linear_weight.stride()),
                 target=(target.data_ptr(), targets.example, targets.token, _NUMBERS[target.dtype]),
-                bias=_vector(linear_bias),
+                bias=_address(linear_bias),
                 class_weight=_vector(weight),
                 example_weight=_vector(example_weight),
                 cu_seqlens=_vector(cu_seqlens)[:2],
@@ -136,6 +137,11 @@ def score_tokens(
             module.launch_scorer(kernel, arguments, processors(device), stream)
             break
     return Scored(loss, scores, counts, chosen)
+
+
+def _adjacent(values: Tensor | None) -> Tensor | None:
+    """[V] as the kernels read it; a copy of V numbers only where somebody cut a column out of a matrix."""
+    return None if values is None else values.contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:

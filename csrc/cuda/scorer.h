@@ -46,8 +46,8 @@ struct ScorerArgs {
     const void* target;  // [B, T] like hidden
     int64_t target_example, target_token;
     Number target_number;  // int32 or int64
-    Vector bias;           // [V]
-    Vector class_weight;   // [V]
+    const void* bias;      // [V], adjacent, or none
+    Vector class_weight;   // [V], adjacent
     Vector example_weight;  // [B]
     const int32_t* cu_seqlens;  // [B + 1], or none
     int64_t cu_seqlens_stride;
@@ -113,6 +113,11 @@ struct ScorerTiles {
     int shared_bytes;
 };
 ScorerTiles scorer_tiles(ScorerKernel kernel, Sums sums);
+
+/// Elements from a token's hidden state to the next one's, where they lie evenly.
+inline int64_t hidden_row_stride(const ScorerArgs& args) {
+    return args.tokens_each == 1 ? args.hidden_example : args.hidden_token;
+}
 
 /// Why the Hopper kernel cannot take these arguments; nullptr if it can. (The portable one takes all.)
 const char* hopper_scorer_refuses(const ScorerArgs& args);

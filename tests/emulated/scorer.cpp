@@ -4,6 +4,7 @@
 #include "../../csrc/cuda/emulate.h"
 //
 #include "../../csrc/bind_scorer.cpp"
+#include "../../csrc/cuda/scorer/hopper_scorer.cuh"
 #include "../../csrc/cuda/scorer/portable.cuh"
 #include "../../csrc/scorer_plan.cpp"
 
@@ -15,14 +16,35 @@ void portable_block(ScorerArgs args) {
     portable_scorer<T, SUMS>(args, dynamic_shared());
 }
 
-template <typename T>
+template <typename T, Sums SUMS>
+void hopper_block(ScorerArgs args, hopper::TensorMap hidden, hopper::TensorMap weight) {
+    hopper_scorer<T, SUMS>(args, hidden, weight, dynamic_shared());
+}
+
+template <typename T, Sums SUMS>
 void run(ScorerKernel kernel, const ScorerArgs& args, int processors) {
     const ScorerPlan plan = plan_scorer(kernel, args, processors);
     const dim3 grid(static_cast<unsigned>(plan.grid)), block(static_cast<unsigned>(plan.threads));
-    const auto portable = sums_of(args) == Sums::plain    ? portable_block<T, Sums::plain>
-                          : sums_of(args) == Sums::capped ? portable_block<T, Sums::capped>
-                                                          : portable_block<T, Sums::spread>;
-    emulate::launch(portable, grid, block, static_cast<size_t>(plan.shared_bytes), args);
+    const auto bytes = static_cast<size_t>(plan.shared_bytes);
+    if (kernel == ScorerKernel::portable) {
+        emulate::launch(portable_block<T, SUMS>, grid, block, bytes, args);
+    } else {
+        const hopper::TensorMap hidden{args.hidden, args.width, args.tokens, hidden_row_stride(args), Hopper::BM};
+        const hopper::TensorMap weight{args.weight, args.width, args.classes, args.weight_row, Hopper::BN};
+        emulate::launch(hopper_block<T, SUMS>, grid, block, bytes, args, hidden, weight);
+    }
+}
+
+template <typename T>
+void run(ScorerKernel kernel, const ScorerArgs& args, int processors) {
+    switch (sums_of(args)) {
+        case Sums::plain:
+            return run<T, Sums::plain>(kernel, args, processors);
+        case Sums::capped:
+            return run<T, Sums::capped>(kernel, args, processors);
+        case Sums::spread:
+            return run<T, Sums::spread>(kernel, args, processors);
+    }
 }
 
 }  // namespace scorer

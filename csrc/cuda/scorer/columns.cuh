@@ -14,6 +14,16 @@ namespace attent::scorer {
 /// Which columns a thread's N numbers of a row are: `first` + 8 (i / 2) + i % 2.
 __device__ __forceinline__ int column_of(int first, int i) { return first + 8 * (i / 2) + i % 2; }
 
+/// The bias of the columns from `first` on, to N logits of a row.
+template <typename T, int N>
+__device__ __forceinline__ void add_bias(const ScorerArgs& args, float (&z)[N], int first) {
+    const T* bias = static_cast<const T*>(args.bias) + first;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        if (column_of(first, i) < args.classes) z[i] += to_float(bias[column_of(0, i)]);
+    }
+}
+
 /// N raw logits of a row, of the columns from `first` on. Where the target's own is among them, it goes to `own`.
 template <Sums SUMS, int N>
 __device__ __forceinline__ void keep_columns(const ScorerArgs& args, float inverse_softcap, float (&z)[N], int first,
@@ -23,7 +33,7 @@ __device__ __forceinline__ void keep_columns(const ScorerArgs& args, float inver
     const bool has_own = label >= first && label <= column_of(first, N - 1) && (label - first) % 8 < 2;
     const bool is_ragged = column_of(first, N - 1) >= args.classes;
     if (has_own) {
-        #pragma unroll
+#pragma unroll
         for (int i = 0; i < N; ++i) {
             if (column_of(first, i) == label) *own = z[i];
         }
@@ -31,7 +41,7 @@ __device__ __forceinline__ void keep_columns(const ScorerArgs& args, float inver
     float d[N], mass[N];
     if (SUMS != Sums::plain) {
         const bool is_capped = SUMS == Sums::capped || args.softcap > 0;
-        #pragma unroll
+#pragma unroll
         for (int i = 0; i < N; ++i) {
             Capped value{z[i], 1.0f};
             if (is_capped) value = capped(z[i], args.softcap, inverse_softcap);
@@ -42,17 +52,17 @@ __device__ __forceinline__ void keep_columns(const ScorerArgs& args, float inver
     if constexpr (SPREAD) {
         const float of_class = args.label_smoothing / args.classes;
         const Vector& weight = args.class_weight;
-        #pragma unroll
+#pragma unroll
         for (int i = 0; i < N; ++i) {
             mass[i] = of_class;
             if (weight.data != nullptr) {
                 const int column = smaller(column_of(first, i), args.classes - 1);
-                mass[i] *= load_float(weight.data, weight.number, column * weight.stride);
+                mass[i] *= load_float(weight.data, weight.number, column);
             }
         }
     }
     if (has_own || is_ragged) {
-        #pragma unroll
+#pragma unroll
         for (int i = 0; i < N; ++i) {
             const int column = column_of(first, i);
             if (column == label || column >= args.classes) {

@@ -62,7 +62,7 @@ __device__ void fold_token(const ScorerArgs& args, int64_t capacity, int row) {
         // A label that is no class counts in the denominator as the class nearest to it would.
         const int nearest = token.label == -2 ? args.classes - 1 : larger(token.label, 0);
         label_weight =
-            load_float(args.class_weight.data, args.class_weight.number, nearest * args.class_weight.stride);
+            load_float(args.class_weight.data, args.class_weight.number, nearest);
     }
     LossAndSquare result{0.0f, 0.0f};
     if (token.computed && token.label < 0) {
@@ -83,7 +83,7 @@ __device__ void fold_token(const ScorerArgs& args, int64_t capacity, int row) {
     if (args.token_share != nullptr) args.token_share[row] = token.counted ? label_weight : 0.0f;
     if (args.head != nullptr) {
         // The length of [h 1]: of hidden states that no product was computed with there is none.
-        const float has_bias = args.bias.data != nullptr ? 1.0f : 0.0f;
+        const float has_bias = args.bias != nullptr ? 1.0f : 0.0f;
         args.token_head[row] =
             token.computed ? result.square * (__ldcg(args.hidden_square + row) + has_bias) : 0.0f;
     }

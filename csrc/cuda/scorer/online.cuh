@@ -101,19 +101,20 @@ __device__ __forceinline__ void merge(Kept& kept, Spread& spread, Kept other, Sp
 template <bool SLOPED, bool SPREAD, int N>
 __device__ __forceinline__ void keep(Kept& kept, Spread& spread, const float (&z)[N], const float (&d)[N],
                              const float (&mass)[N]) {
-    float largest = z[0];
+    // Two chains of dependent operations each, for what is waited for most.
+    float largest[2] = {z[0], z[1]}, a[2] = {0.0f, 0.0f}, s[2] = {0.0f, 0.0f};
 #pragma unroll
-    for (int i = 1; i < N; ++i) largest = fmaxf(largest, z[i]);
-    const float m = fmaxf(kept.m, largest * kLog2E), pivot = finite(m);
+    for (int i = 2; i < N; ++i) largest[i % 2] = fmaxf(largest[i % 2], z[i]);
+    const float m = fmaxf(kept.m, fmaxf(largest[0], largest[1]) * kLog2E), pivot = finite(m);
     move_to(m, kept, spread);
-    float a = 0.0f, s = 0.0f, b = 0.0f, c = 0.0f, t = 0.0f, o = 0.0f;
+    float b = 0.0f, c = 0.0f, t = 0.0f, o = 0.0f;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
         const float x = fmaf(z[i], kLog2E, -pivot);
         const float e = fast_exp2(x);
         const float sloped = SLOPED ? d[i] * e : e;
-        a += e;
-        s = fmaf(sloped, sloped, s);
+        a[i % 2] += e;
+        s[i % 2] = fmaf(sloped, sloped, s[i % 2]);
         if constexpr (SPREAD) {
             const float sloped_mass = SLOPED ? d[i] * mass[i] : mass[i];
             b = fmaf(sloped, sloped_mass, b);
@@ -122,8 +123,8 @@ __device__ __forceinline__ void keep(Kept& kept, Spread& spread, const float (&z
             o += mass[i];
         }
     }
-    kept.a += a;
-    kept.s += s;
+    kept.a += a[0] + a[1];
+    kept.s += s[0] + s[1];
     if constexpr (SPREAD) {
         spread.b += b;
         spread.c += c;

@@ -85,7 +85,7 @@ __device__ __forceinline__ void portable_scorer(const ScorerArgs& args, unsigned
     constexpr int COPIES = P::BM * P::CHUNKS / P::THREADS;
     const int copy_row = thread / P::CHUNKS, copy_chunk = thread % P::CHUNKS;
     int64_t hidden_rows[COPIES];
-    #pragma unroll
+#pragma unroll
     for (int i = 0; i < COPIES; ++i) hidden_rows[i] = hidden_offset(args, first_row + copy_row + i * P::THREADS / P::CHUNKS);
 
     const int vocabulary_tiles = (args.classes + P::BN - 1) / P::BN;
@@ -101,7 +101,7 @@ __device__ __forceinline__ void portable_scorer(const ScorerArgs& args, unsigned
             unsigned char* stage = shared + next_stage * P::STAGE_BYTES;
             const uint32_t to = shared_address(stage);
             const int k = next_step * P::BK + copy_chunk * 8, column = (first_tile + next_tile) * P::BN;
-            #pragma unroll
+#pragma unroll
             for (int i = 0; i < COPIES; ++i) {
                 const int row = copy_row + i * P::THREADS / P::CHUNKS;
                 const uint32_t at = offset_in_tile<P::BK>(row, copy_chunk);
@@ -116,7 +116,7 @@ __device__ __forceinline__ void portable_scorer(const ScorerArgs& args, unsigned
     };
 
     Kept kept[SPREAD ? 1 : P::ROWS];
-    #pragma unroll
+#pragma unroll
     for (int r = 0; r < P::ROWS; ++r) {
         kept[SPREAD ? 0 : r] = nothing_kept();
         if (SPREAD) all[r * P::THREADS] = {nothing_kept(), nothing_spread()};
@@ -129,19 +129,13 @@ __device__ __forceinline__ void portable_scorer(const ScorerArgs& args, unsigned
     for (int i = 0; i < total; ++i) {
         const int first_column = (first_tile + tile) * P::BN + warp_column + 2 * (lane % 4);  // of this thread
         if (step == 0) {
-            #pragma unroll
+#pragma unroll
             for (int c = 0; c < P::COLUMN_TILES; ++c) {
                 float bias[2] = {0.0f, 0.0f};
-                if (args.bias.data != nullptr) {
-                    #pragma unroll
-                    for (int j = 0; j < 2; ++j) {
-                        const int column = smaller(first_column + 8 * c + j, args.classes - 1);
-                        bias[j] = to_float(static_cast<const T*>(args.bias.data)[column * args.bias.stride]);
-                    }
-                }
-                #pragma unroll
+                if (args.bias != nullptr) add_bias<T>(args, bias, first_column + 8 * c);
+#pragma unroll
                 for (int r = 0; r < P::ROW_TILES; ++r) {
-                    #pragma unroll
+#pragma unroll
                     for (int j = 0; j < 4; ++j) z[r][c][j] = bias[j % 2];
                 }
             }
@@ -152,7 +146,7 @@ __device__ __forceinline__ void portable_scorer(const ScorerArgs& args, unsigned
         copy_next();      // … which these overwrite
 
         const uint32_t operands = shared_address(shared + stage * P::STAGE_BYTES);
-        #pragma unroll
+#pragma unroll
         for (int k = 0; k < P::BK / 16; ++k) {
             uint32_t a[P::ROW_TILES][4];
 #pragma unroll
@@ -173,7 +167,7 @@ __device__ __forceinline__ void portable_scorer(const ScorerArgs& args, unsigned
 
         // --- the tile's logits are whole: 8 rows of 16 columns in each thread
         step = 0, ++tile;
-        #pragma unroll
+#pragma unroll
         for (int r = 0; r < P::ROWS; ++r) {
             const int row = warp_row + r / 2 * 16 + r % 2 * 8 + lane / 4;
             All sums{kept[SPREAD ? 0 : r], nothing_spread()};

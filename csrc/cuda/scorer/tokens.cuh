@@ -120,11 +120,11 @@ struct Item {
     int tile, group;
 };
 
-/// The i-th of row_tiles × groups items: a sweep takes `sweep` row tiles through the whole vocabulary, group after
-/// group, so that they stay in L2.
-__device__ __forceinline__ Item item_at(const ScorerArgs& args, int64_t i) {
-    const int64_t of_sweep = static_cast<int64_t>(args.sweep) * args.groups;
-    const int first = static_cast<int>(i / of_sweep) * args.sweep, within = static_cast<int>(i % of_sweep);
+/// The i-th of row_tiles × groups items, fewer than 2^31: a sweep takes `sweep` row tiles through the whole vocabulary,
+/// group after group, so that they stay in L2.
+__device__ __forceinline__ Item item_at(const ScorerArgs& args, int i) {
+    const int of_sweep = smaller(args.sweep, args.row_tiles) * args.groups;
+    const int first = i / of_sweep * args.sweep, within = i % of_sweep;
     const int tiles = smaller(args.row_tiles - first, args.sweep);
     return {first + within % tiles, within / tiles};
 }
