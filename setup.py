@@ -1,22 +1,35 @@
-"""Builds the optional native module ``attent_kernels._native`` from csrc/*.cpp. All else is said in pyproject.toml.
+"""Builds the optional native module ``attent_kernels._native``. All else about the package is said in pyproject.toml.
 
-The module makes the torch backend faster on CPUs; attent computes the same without it. So a missing compiler or a
-failed build does not stop the installation: it goes on in pure torch. Because pip hides a build's output, the reason is
-also left in the installed package (``attent_kernels/_native_failure.txt``). The environment decides otherwise:
+It has two parts. csrc/*.cpp makes the torch backend faster on CPUs. csrc/cuda/*.cu, where there is an nvcc, are the
+kernels of backend "cuda" (tools/cuda_build.py, which says how to choose). Building takes neither torch nor a GPU.
+
+attent computes the same without the module. So a missing compiler or a failed build does not stop the installation: it
+goes on in pure torch, and without nvcc with the CPU part alone. Because pip hides a build's output, the reason is also
+left where Python finds it: in the installed package (``attent_kernels/_native_failure.txt``), or in the module
+(``_native.cuda_absent``). The environment decides otherwise:
 
     ATTENT_NATIVE=1    a failed build is an error
     ATTENT_NATIVE=0    nothing is compiled
+    ATTENT_CUDA=1      a missing or failing nvcc is an error
+    ATTENT_CUDA=0      the CPU part only
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))  # a build frontend does not put it there
+
+import cuda_build  # noqa: E402
 
 WANTED = os.environ.get("ATTENT_NATIVE", "")
 REASON_FILE = "_native_failure.txt"
@@ -36,7 +49,7 @@ def native_extensions() -> list[Extension]:
         import pybind11
     except ImportError:
         # Only without build isolation: otherwise pyproject.toml brings it.
-        if WANTED == "1":
+        if WANTED == "1" or cuda_build.wanted() == "1":
             raise
         announce("pybind11 is not installed")
         return []
@@ -44,23 +57,25 @@ def native_extensions() -> list[Extension]:
         Extension(
             "attent_kernels._native",
             sources=sources,
-            depends=sorted(glob("csrc/*.h")),
+            depends=sorted(glob("csrc/**/*.*", recursive=True)),
             include_dirs=[pybind11.get_include()],
             extra_compile_args=COMPILE_ARGS,
             extra_link_args=LINK_ARGS,
             language="c++",
-            optional=WANTED != "1",
+            optional=WANTED != "1" and cuda_build.wanted() != "1",
         )
     ]
 
 
 class BuildNative(build_ext):
-    """``build_ext`` that leaves the reason in the package when an optional build fails."""
+    """``build_ext`` with nvcc's part, which leaves the reason in the package when an optional build fails."""
 
     def build_extension(self, ext: Extension) -> None:
         reason = Path(self.build_lib, *ext.name.split(".")).with_name(REASON_FILE)
         reason.unlink(missing_ok=True)
         try:
+            add_cuda(ext)
+            self.compile_side_by_side()
             super().build_extension(ext)
         except Exception as problem:
             if not ext.optional:
@@ -70,6 +85,17 @@ class BuildNative(build_ext):
             announce(said)
             reason.parent.mkdir(parents=True, exist_ok=True)
             reason.write_text(f"{said}\n", encoding="utf-8")
+
+    def compile_side_by_side(self) -> None:
+        """Let the compiler take several files at a time: setuptools gives it one after another."""
+        one_after_another = self.compiler.compile
+
+        def compile(sources: list[str], *args: Any, **options: Any) -> list[str]:
+            with ThreadPoolExecutor(cuda_build.jobs()) as pool:
+                compiled = pool.map(lambda source: one_after_another([source], *args, **options), sources)
+                return [object for objects in compiled for object in objects]
+
+        self.compiler.compile = compile
 
     def copy_extensions_to_source(self) -> None:
         """After an editable or in-place build the checkout holds what was built, and nothing of an older build."""
@@ -81,6 +107,38 @@ class BuildNative(build_ext):
             if built_reason.exists():
                 self.copy_file(str(built_reason), str(package / REASON_FILE))
         super().copy_extensions_to_source()
+
+
+def add_cuda(ext: Extension) -> None:
+    """Compile csrc/cuda and give the extension its objects; or give it the reason why it has none."""
+    if cuda_build.wanted() == "0":
+        absent = "it was left out (ATTENT_CUDA=0)"
+    else:
+        try:
+            built = cuda_build.build(ROOT, ROOT / "build" / "cuda")
+        except cuda_build.NoCuda as problem:
+            if cuda_build.wanted() == "1":
+                raise
+            absent = str(problem)
+            print(f"attent: the CUDA kernels were NOT built: {absent}", file=sys.stderr, flush=True)
+        else:
+            ext.extra_objects += built.objects
+            ext.define_macros += [("ATTENT_CUDA", None), ("ATTENT_CUDA_ARCHS", c_string(";".join(built.archs)))]
+            if "90a" in built.archs:
+                ext.define_macros.append(("ATTENT_SM90A", None))
+            # The runtime is linked in, and its symbols are hidden: torch's own copy is another one.
+            ext.extra_link_args += [
+                f"-L{built.toolkit.library}", "-l:libcudart_static.a", "-lrt", "-lpthread", "-ldl",
+                "-Wl,--exclude-libs,ALL",
+            ]  # fmt: skip
+            return
+    ext.define_macros.append(("ATTENT_CUDA_ABSENT", c_string(absent)))
+
+
+def c_string(text: str) -> str:
+    """``text`` as a literal of C++."""
+    plain = text.encode("ascii", "replace").decode().replace("\\", "/").replace('"', "'").replace("\n", " ")
+    return f'"{plain}"'
 
 
 def in_brief(problem: str) -> str:

@@ -6,31 +6,15 @@ a matrix product has just written, while the chunk is in cache. Results carry no
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-# Before the native module: torch loads its OpenMP runtime for everyone (RTLD_GLOBAL), and the native module's calls
-# bind to that one. Two runtimes would mean two thread pools, one spinning while the other works.
 import torch
 from torch import Tensor
 
-#: What setup.py leaves in the package when the native module could not be built.
-_BUILD_FAILURE = Path(__file__).with_name("_native_failure.txt")
+from . import native
 
-
-def _load() -> tuple[ModuleType | None, str | None]:
-    try:
-        return importlib.import_module("attent_kernels._native"), None
-    except ImportError as error:
-        reason = f"the native module attent_kernels._native cannot be loaded: {error}"
-        if _BUILD_FAILURE.exists():
-            reason += f"; its build ended with: {_BUILD_FAILURE.read_text(encoding='utf-8').strip()}"
-        return None, reason
-
-
-_native, _reason = _load()
+_native, _reason = native.module, native.reason
 
 _SUFFIX = {torch.float32: "float32", torch.float64: "float64"}
 

@@ -1,4 +1,4 @@
-"""What every launcher of a Triton kernel needs: the device it runs on, and the memory it is lent for one launch.
+"""What every launcher of a kernel needs: the device it runs on, and the memory it is lent for one launch.
 
 A workspace is scratch memory and tickets. Eagerly it is cached per device and stream, where launches follow one
 another: it grows and never shrinks. While a CUDA graph is captured it is fresh from the capture's own pool, zeroed by
@@ -15,11 +15,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-import triton
 from torch import Tensor
 
+try:
+    import triton
+except ImportError:  # the CUDA kernels do without
+    triton = None
+
 #: Whether kernels run in Triton's interpreter, on CPU tensors. Decided when they are decorated, that is: once.
-INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)
 
 #: Scratch tensors start at multiples of this: the widest access, and what Triton's specialisation looks for.
 _ALIGNMENT = 256

@@ -1,5 +1,6 @@
-// The Python module attent_kernels._native: host functions on raw addresses. It knows no torch, so one build serves
-// every release of it; the launchers in attent_kernels take tensors, check them and call this.
+// The Python module attent_kernels._native: functions on raw addresses. It knows no torch, so one build serves every
+// release of it; the launchers in attent_kernels take tensors, check them and call this. Here: the CPU's row statistics.
+// The GPU's kernels: one bind_<kernel>.cpp each (binds.h).
 //
 // Keeping alive: an address is only a number. The caller holds the tensors it came from until the call returns (holding
 // them in local variables does), and does not write to them from another thread meanwhile: the GIL is released during
@@ -10,16 +11,14 @@
 #include <stdexcept>
 #include <string>
 
+#include "binds.h"
 #include "row_statistics.h"
 
 namespace py = pybind11;
 
 namespace {
 
-template <typename T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
+using attent::pointer;
 
 void raise_unless_ok(attent::Status status, const char* function) {
     if (status != attent::Status::ok) throw py::value_error(std::string(function) + ": " + attent::describe(status));
@@ -84,4 +83,7 @@ PYBIND11_MODULE(_native, module) {
 #else
     module.attr("openmp") = false;  // built without OpenMP: `threads` is taken and one is used
 #endif
+    py::module_ testing = module.def_submodule("testing", "Host versions of what GPU kernels do, for tests.");
+    attent::bind_cuda_build(module);
+    attent::bind_select_top_k(module, testing);
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,13 +11,16 @@ import torch
 
 import attent
 from attent.ops import dispatch
+from attent_kernels import native
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An op with an implementation of each kind, another one in PyTorch alone, and a machine without a GPU."""
+    """An op with an implementation of each kind, another one in PyTorch alone; all is built, but there is no GPU."""
+    built = SimpleNamespace(cuda_absent=None, cuda_archs="80;90a", cuda_versions=lambda: (13000, 13000))
+    monkeypatch.setattr(native, "module", built)
     table = {"all": dict.fromkeys(dispatch.BACKENDS, print), "plain": {"torch": print}}
     monkeypatch.setattr(dispatch, "_implementations", table)
     monkeypatch.setattr(dispatch, "MEASURED", {})
@@ -28,6 +32,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def gpu(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
 
 
 def test_auto_takes_torch_on_a_cpu(kernels: None) -> None:
@@ -72,6 +77,7 @@ def test_a_backend_that_cannot_run_is_refused_with_the_reason(monkeypatch: pytes
     assert "'auto', 'cuda', 'triton', 'torch'" in refusal("all", None, CPU)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert "takes CUDA tensors, these are on cpu" in refusal("all", "triton", CPU)
     assert "takes CUDA tensors, these are on cpu" in refusal("all", "cuda", CPU)
     assert "plain has no triton kernel yet" in refusal("plain", "triton", CUDA)
@@ -80,6 +86,58 @@ def test_a_backend_that_cannot_run_is_refused_with_the_reason(monkeypatch: pytes
 
     monkeypatch.setattr(dispatch, "_implementations", {"plain": {"torch": print}})
     assert "this release of attent has no triton kernels yet" in refusal("plain", "triton", CUDA)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_auto_never_takes_cuda_before_it_is_measured() -> None:
+    """The table of measurements is committed: whoever fills it commits the result that it comes from."""
+    assert dispatch.choose("all", "auto", CUDA) != "cuda"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_cuda_kernels_that_cannot_run_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def machine(**changes: object) -> None:
+        built = {"cuda_absent": None, "cuda_archs": "80;90a", "cuda_versions": lambda: (13000, 13000)} | changes
+        monkeypatch.setattr(native, "module", SimpleNamespace(**built))
+
+    machine(cuda_versions=lambda: (12080, 13000))
+    assert "the driver supports CUDA 12.8, attent was built with 13.0" in refusal("all", "cuda", CUDA)
+    assert dispatch.choose("all", "auto", CUDA) == "triton"
+    machine(cuda_versions=lambda: (13020, 13000))
+    assert dispatch.unavailable("cuda") is None
+    machine(cuda_absent="no nvcc was found")
+    assert "attent was built without CUDA kernels: no nvcc was found" in refusal("all", "cuda", CUDA)
+    assert dispatch.unavailable("cuda") is not None and dispatch.unavailable("triton") is None
+    monkeypatch.setattr(native, "module", None)
+    monkeypatch.setattr(native, "reason", "the native module cannot be loaded: not there")
+    assert "cannot be loaded: not there" in refusal("all", "cuda", CUDA)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("archs", "runs_on", "not_on"),
+    [
+        ("80;90a", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)], [(7, 5)]),  # the last two by PTX
+        ("90a", [(9, 0), (10, 0)], [(8, 0), (8, 9)]),
+        ("80", [(8, 6), (9, 0)], [(7, 5)]),
+        ("86;120", [(8, 6), (8, 9), (12, 0), (12, 1)], [(8, 0), (9, 0), (10, 0)]),
+        ("100a", [(10, 0), (12, 0)], [(9, 0)]),
+    ],
+)
+def test_a_build_for_other_gpus_is_refused_with_the_reason(
+    archs: str, runs_on: list[tuple[int, int]], not_on: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machine code runs on its major version from its minor one on, with a letter on just that one; PTX on all later."""
+    assert native.module is not None
+    monkeypatch.setattr(native.module, "cuda_archs", archs)
+    for capability in runs_on:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
+        assert dispatch.unavailable("cuda") is None
+    for capability in not_on:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
+        assert f"this device is sm_{capability[0]}{capability[1]}: build with ATTENT_CUDA_ARCHS" in refusal(
+            "all", "cuda", CUDA
+        )
 
 
 @pytest.mark.usefixtures("kernels")

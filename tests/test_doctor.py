@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 import attent
 from attent import doctor
 from attent.cli import main
-from attent_kernels import row_statistics
+from attent_kernels import native, row_statistics
 
 
 def saving(ratio: float, epochs: int, training: str, way: str) -> float:
@@ -80,3 +81,18 @@ def test_a_native_module_that_loads_is_reported_with_its_instruction_sets(monkey
     monkeypatch.setattr(row_statistics, "unavailable", lambda: None)
     monkeypatch.setattr(row_statistics, "instruction_sets", lambda: ("avx2", "portable"))
     assert doctor.native_module() == "available (avx2, portable)"
+
+
+def test_the_cuda_kernels_are_reported_as_they_were_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(**built: object) -> str:
+        monkeypatch.setattr(native, "module", SimpleNamespace(**{"cuda_absent": None, "cuda_archs": ""} | built))
+        return doctor.cuda_kernels()
+
+    archs = "80;90a"
+    assert said(cuda_archs=archs, cuda_versions=lambda: (12080, 13000)) == (
+        "sm_80, sm_90a, built with CUDA 13.0; the driver supports 12.8"
+    )
+    assert said(cuda_archs=archs, cuda_versions=lambda: (0, 13000)).endswith("built with CUDA 13.0; no driver")
+    assert said(cuda_absent="no nvcc was found") == "none: no nvcc was found"
+    monkeypatch.setattr(native, "module", None)
+    assert doctor.cuda_kernels() == "none: there is no native module"

@@ -7,13 +7,12 @@ import json
 import os
 import platform
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import attent
-from attent_kernels import row_statistics
+from attent_kernels import native, row_statistics
 
 from ._checks import check_int, check_number
 
@@ -91,6 +90,7 @@ def report(ratio: float, epochs: int, warmup: int, anneal: float) -> dict[str, A
         "devices": devices(),
         "backends": attent.backends(),
         "native_module": native_module(),
+        "cuda_kernels": cuda_kernels(),
         "costs": {
             "ratio": ratio,
             "warmup": warmup,
@@ -164,17 +164,28 @@ def native_module() -> str:
     reason = row_statistics.unavailable()
     if reason is None:
         return f"available ({', '.join(row_statistics.instruction_sets())})"
-    failure = Path(row_statistics.__file__).with_name("_native_failure.txt")  # what setup.py leaves when a build fails
-    if failure.is_file():
-        reason = f"{reason}; its build failed: {failure.read_text().strip()}"
     return f"not available, attent computes the same in plain torch: {reason}"
+
+
+def cuda_kernels() -> str:
+    """For which GPUs the native module has kernels, with which CUDA, beside the driver's; or why it has none."""
+    if native.module is None:
+        return "none: there is no native module"
+    if native.module.cuda_absent is not None:
+        return f"none: {native.module.cuda_absent}"
+    driver, runtime = (f"{version // 1000}.{version % 1000 // 10}" for version in native.cuda_versions())
+    archs = ", ".join(f"sm_{arch}" for arch in native.cuda_archs())
+    return f"{archs}, built with CUDA {runtime}; " + (
+        "no driver" if driver == "0.0" else f"the driver supports {driver}"
+    )
 
 
 def text(found: dict[str, Any]) -> str:
     """The report as people read it."""
     lines = ["Versions", *_pairs(found["versions"])]
     lines += ["", "Devices", *(f"  {device}" for device in found["devices"])]
-    lines += ["", "Backends", *_pairs({**found["backends"], "native module": found["native_module"]})]
+    lines += ["", "Backends", *_pairs(found["backends"])]
+    lines += ["", "Compiled", *_pairs({"native module": found["native_module"], "CUDA kernels": found["cuda_kernels"]})]
     arithmetic = found["costs"]
     schedule = Schedule(**arithmetic["schedule"])
     ratio = arithmetic["ratio"]

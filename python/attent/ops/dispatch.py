@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from attent_kernels import native
+
 from .._checks import refuse
 
 BACKENDS = ("cuda", "triton", "torch")
@@ -62,8 +64,8 @@ def unavailable(backend: str) -> str | None:
             return "triton is not installed (it is on Linux x86-64 only)"
         if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
             return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for testing)"
-    if backend == "cuda" and not torch.cuda.is_available():
-        return "no CUDA device"
+    if backend == "cuda":
+        return native.cuda_unavailable()
     return None
 
 

@@ -297,4 +297,6 @@ def _working_dtype(scores: Tensor) -> torch.dtype:
     return torch.float64 if scores.dtype == torch.float64 else torch.float32
 
 
-from . import triton_select_top_k as triton_select_top_k  # noqa: E402 - registers the Triton backend
+# Each registers its backend.
+from . import cuda_select_top_k as cuda_select_top_k  # noqa: E402
+from . import triton_select_top_k as triton_select_top_k  # noqa: E402
