@@ -86,4 +86,5 @@ PYBIND11_MODULE(_native, module) {
     py::module_ testing = module.def_submodule("testing", "Host versions of what GPU kernels do, for tests.");
     attent::bind_cuda_build(module);
     attent::bind_select_top_k(module, testing);
+    attent::bind_scored_attention(module);
 }

@@ -32,7 +32,7 @@ ATTENT_HD float to_float32(BFloat16 value) {
 }
 
 ATTENT_HD float to_float32(Half value) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && !defined(ATTENT_EMULATE)
     float result;
     asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
     return result;

@@ -1,10 +1,8 @@
-// float16 and bfloat16 as 16 bits, and the way to float32 and back (to nearest, ties to even), two at a time.
+// From float32 to float16 and bfloat16 (to nearest, ties to even), and two of them in a register.
 //
 // Kernels only move these and multiply them on tensor cores; all other arithmetic is in float32.
 
 #pragma once
-
-#include <cstdint>
 
 #ifdef ATTENT_EMULATE
 #include "emulate.h"
@@ -13,28 +11,11 @@
 #include <cuda_fp16.h>
 #endif
 
-namespace attent {
+#include "dtype.h"
 
-struct Float16 {
-    uint16_t bits;
-};
-struct BFloat16 {
-    uint16_t bits;
-};
+namespace attent::gpu {
 
 #ifdef ATTENT_EMULATE
-
-inline float to_float(BFloat16 x) {
-    return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
-}
-
-inline float to_float(Float16 x) {
-    const uint32_t sign = (x.bits & 0x8000u) << 16, exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
-    if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | mantissa << 13);
-    if (exponent != 0) return __uint_as_float(sign | (exponent + 112) << 23 | mantissa << 13);
-    const float size = static_cast<float>(mantissa) * 0x1p-24f;
-    return sign != 0 ? -size : size;
-}
 
 template <typename T>
 T from_float(float x);
@@ -48,7 +29,7 @@ inline BFloat16 from_float<BFloat16>(float x) {
 }
 
 template <>
-inline Float16 from_float<Float16>(float x) {
+inline Half from_float<Half>(float x) {
     const uint16_t sign = static_cast<uint16_t>(__float_as_uint(x) >> 16 & 0x8000u);
     const float size = std::fabs(x);
     if (x != x) return {0x7fff};
@@ -66,13 +47,6 @@ uint32_t pack(float low, float high) {
 
 #else
 
-__device__ __forceinline__ float to_float(BFloat16 x) {
-    return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
-}
-__device__ __forceinline__ float to_float(Float16 x) {
-    return __half2float(__ushort_as_half(x.bits));
-}
-
 template <typename T>
 __device__ __forceinline__ T from_float(float x);
 
@@ -81,7 +55,7 @@ __device__ __forceinline__ BFloat16 from_float<BFloat16>(float x) {
     return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
 }
 template <>
-__device__ __forceinline__ Float16 from_float<Float16>(float x) {
+__device__ __forceinline__ Half from_float<Half>(float x) {
     return {__half_as_ushort(__float2half_rn(x))};
 }
 
@@ -96,7 +70,7 @@ __device__ __forceinline__ uint32_t pack<BFloat16>(float low, float high) {
     return both;
 }
 template <>
-__device__ __forceinline__ uint32_t pack<Float16>(float low, float high) {
+__device__ __forceinline__ uint32_t pack<Half>(float low, float high) {
     uint32_t both;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
@@ -104,18 +78,14 @@ __device__ __forceinline__ uint32_t pack<Float16>(float low, float high) {
 
 #endif
 
-__host__ __device__ __forceinline__ float to_float(float x) {
-    return x;
-}
-
 // The two numbers of a 32-bit register, the one at the lower address first.
 template <typename T>
 __device__ __forceinline__ float low_of(uint32_t both) {
-    return to_float(T{static_cast<uint16_t>(both & 0xffffu)});
+    return to_float32(T{static_cast<uint16_t>(both & 0xffffu)});
 }
 template <typename T>
 __device__ __forceinline__ float high_of(uint32_t both) {
-    return to_float(T{static_cast<uint16_t>(both >> 16)});
+    return to_float32(T{static_cast<uint16_t>(both >> 16)});
 }
 
 // 2^x. On a GPU one instruction, off by 2 units of 2^-24 of the result; results below 2^-126 are 0.
@@ -129,4 +99,4 @@ __device__ __forceinline__ float fast_exp2(float x) {
 #endif
 }
 
-}  // namespace attent
+}  // namespace attent::gpu

@@ -11,7 +11,7 @@
 
 #include "half.cuh"
 
-namespace attent {
+namespace attent::gpu {
 
 #ifdef ATTENT_EMULATE
 
@@ -43,7 +43,7 @@ template <typename T>
 __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
 template <>
-__device__ __forceinline__ void mma_16x8x16<Float16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+__device__ __forceinline__ void mma_16x8x16<Half>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -60,4 +60,4 @@ __device__ __forceinline__ void mma_16x8x16<BFloat16>(float (&c)[4], const uint3
 
 #endif
 
-}  // namespace attent
+}  // namespace attent::gpu

@@ -12,7 +12,7 @@
 #include <cmath>
 #endif
 
-namespace attent {
+namespace attent::gpu {
 
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
@@ -67,4 +67,4 @@ __device__ __forceinline__ Fold fold(float& m, float other) {
     return factors;
 }
 
-}  // namespace attent
+}  // namespace attent::gpu

@@ -12,7 +12,7 @@
 
 #include "half.cuh"
 
-namespace attent {
+namespace attent::gpu {
 
 // Bytes from the start of the block's dynamic shared memory (or, on a GPU, of its shared memory).
 using SharedAddress = uint32_t;
@@ -209,4 +209,4 @@ __device__ __forceinline__ void load_b(uint32_t (&b)[4], SharedAddress tile, int
     ldmatrix_transposed(b, tile + offset_in_tile<WIDTH>(row + lane % 16, 2 * pair + lane / 16));
 }
 
-}  // namespace attent
+}  // namespace attent::gpu

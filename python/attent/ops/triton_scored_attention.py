@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -24,8 +26,15 @@ def refuses(problem: Problem) -> str | None:
 @dispatch.register("scored_attention", "triton", refuses=refuses)
 def scored_attention_forward(problem: Problem, scoring: Scoring) -> Results:
     """Everything in one launch; a pool too large to choose from there is chosen from by a second one."""
+    from attent_kernels.attention.launch import scored_attention
+
+    return launched(problem, scoring, scored_attention)
+
+
+def launched(problem: Problem, scoring: Scoring, launch: Callable[..., None]) -> Results:
+    """The results of ``launch``, Triton's or CUDA C++'s launcher, which take the same records."""
     from attent_kernels import selection
-    from attent_kernels.attention.launch import Attention, Into, Loss, TopK, scored_attention
+    from attent_kernels.attention.records import Attention, Into, Loss, TopK
 
     results = empty_results(problem, scoring)
     if problem.batch == 0:
@@ -43,7 +52,7 @@ def scored_attention_forward(problem: Problem, scoring: Scoring) -> Results:
     if scoring.top_k is not None:
         top_k = TopK(scoring.top_k, floor_count(scoring.top_k, scoring.floor), scoring.temperature, scoring.seed)
         later = problem.batch > selection.MAX_IN_LAUNCH
-    scored_attention(
+    launch(
         attention,
         loss,
         None if later else top_k,

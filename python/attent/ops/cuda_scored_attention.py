@@ -1,0 +1,48 @@
+"""The CUDA C++ backend of scored attention's forward: the op's records as the launcher's. Not yet run on a GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from . import dispatch
+from .scored_attention_op import Problem, Results, Scoring
+from .triton_scored_attention import launched
+
+CUDA_DTYPES = (torch.float16, torch.bfloat16)
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_WIDTH = 256
+
+
+def refuses(problem: Problem) -> str | None:
+    """Why the CUDA kernel does not take this problem; None if it does."""
+    from attent_kernels.attention.launch_cuda import unaligned
+
+    dtype = problem.query.dtype
+    if dtype not in CUDA_DTYPES:
+        return f"it takes float16 and bfloat16, not {_name(dtype)}"
+    widest = max(problem.query.shape[-1], problem.value.shape[-1])
+    if widest > MAX_WIDTH:
+        return f"it takes head dimensions up to {MAX_WIDTH}, not {widest}"
+    if problem.target is not None and problem.target.dtype != dtype:
+        return f"it takes a target in query's {_name(dtype)}, not {_name(problem.target.dtype)}"
+    for name in ("query", "key", "value", "target"):
+        tensor = getattr(problem, name)
+        reason = None if tensor is None or tensor.numel() == 0 else unaligned(tensor)
+        if reason is not None:
+            return f"of {name}, {reason}"
+    for name, tensor in (("weight", problem.readout_weight), ("bias", problem.readout_bias)):
+        if tensor is not None and tensor.dtype not in WEIGHT_DTYPES:
+            return f"it takes a readout {name} in float16, bfloat16 or float32, not {_name(tensor.dtype)}"
+    return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dispatch.register("scored_attention", "cuda", refuses=refuses)
+def scored_attention_forward(problem: Problem, scoring: Scoring) -> Results:
+    """Everything in one launch; a pool too large to choose from there is chosen from by a second one."""
+    from attent_kernels.attention.launch_cuda import scored_attention
+
+    return launched(problem, scoring, scored_attention)
