@@ -1,36 +1,34 @@
-// Binds the scorer: numbers in, a launch out. Addresses are kept alive by who calls, as bindings.cpp says; the stream
-// orders the launch behind what was put into it before, and the memory is not reused before the stream is past it.
-#include <pybind11/pybind11.h>
+// The scorer in the module: its plan, and its launcher. Who keeps alive what is in binds.h.
 #include <pybind11/stl.h>
 
 #include <array>
-#include <stdexcept>
+#include <string>
 
-#include "bind_scorer.h"
+#include "binds.h"
 #include "cuda/scorer.h"
 
 namespace py = pybind11;
 
 namespace attent {
+
 namespace {
+
+using namespace gpu::scorer;
 
 template <size_t N>
 using Integers = std::array<int64_t, N>;
-
-template <typename T>
-T* pointer(int64_t address) {
-    return reinterpret_cast<T*>(address);
-}
 
 Vector vector(const Integers<3>& given) {
     return {pointer<const void>(given[0]), given[1], static_cast<Number>(given[2])};
 }
 
-int32_t narrow(int64_t value) { return static_cast<int32_t>(value); }
+int32_t narrow(int64_t value) {
+    return static_cast<int32_t>(value);
+}
 
 /// The arguments by group, each as the launcher lists it.
-ScorerArgs scorer_args(const Integers<5>& hidden, const Integers<3>& weight, const Integers<4>& target,
-                       int64_t bias, const Integers<3>& class_weight, const Integers<3>& example_weight,
+ScorerArgs scorer_args(const Integers<5>& hidden, const Integers<3>& weight, const Integers<4>& target, int64_t bias,
+                       const Integers<3>& class_weight, const Integers<3>& example_weight,
                        const Integers<2>& cu_seqlens, const Integers<5>& sizes, int64_t ignore_index,
                        double label_smoothing, double softcap, const Integers<3>& how, const Integers<5>& outputs,
                        const Integers<7>& choice, double temperature, const Integers<13>& scratch,
@@ -44,7 +42,8 @@ ScorerArgs scorer_args(const Integers<5>& hidden, const Integers<3>& weight, con
     args.target = pointer<const void>(target[0]);
     args.target_example = target[1], args.target_token = target[2];
     args.target_number = static_cast<Number>(target[3]);
-    args.bias = pointer<const void>(bias), args.class_weight = vector(class_weight), args.example_weight = vector(example_weight);
+    args.bias = pointer<const void>(bias), args.class_weight = vector(class_weight),
+    args.example_weight = vector(example_weight);
     args.cu_seqlens = pointer<const int32_t>(cu_seqlens[0]), args.cu_seqlens_stride = cu_seqlens[1];
     args.tokens = narrow(sizes[0]), args.tokens_each = narrow(sizes[1]), args.batch = narrow(sizes[2]);
     args.width = narrow(sizes[3]), args.classes = narrow(sizes[4]);
@@ -56,9 +55,14 @@ ScorerArgs scorer_args(const Integers<5>& hidden, const Integers<3>& weight, con
     args.loss = pointer<float>(outputs[0]), args.counts = pointer<float>(outputs[1]);
     args.mean_loss = pointer<float>(outputs[2]), args.logit = pointer<float>(outputs[3]);
     args.head = pointer<float>(outputs[4]);
-    args.choice = {pointer<const float>(choice[0]),   narrow(choice[1]),           narrow(choice[2]),
-                   static_cast<float>(temperature),   pointer<const int64_t>(choice[3]), pointer<int64_t>(choice[4]),
-                   pointer<float>(choice[5]),         pointer<float>(choice[6])};
+    args.choice = {pointer<const float>(choice[0]),
+                   narrow(choice[1]),
+                   narrow(choice[2]),
+                   static_cast<float>(temperature),
+                   pointer<const int64_t>(choice[3]),
+                   pointer<int64_t>(choice[4]),
+                   pointer<float>(choice[5]),
+                   pointer<float>(choice[6])};
 
     args.slots = pointer<float>(scratch[0]), args.own = pointer<float>(scratch[1]);
     args.hidden_square = pointer<float>(scratch[2]), args.token_loss = pointer<float>(scratch[3]);
@@ -72,6 +76,7 @@ ScorerArgs scorer_args(const Integers<5>& hidden, const Integers<3>& weight, con
     return args;
 }
 
+/// Who asks for "hopper" has seen that its arguments are not refused.
 ScorerKernel kernel_of(const std::string& name) {
     if (name == "portable") return ScorerKernel::portable;
     if (name == "hopper") return ScorerKernel::hopper;
@@ -82,8 +87,8 @@ py::dict tiles(const std::string& kernel, bool smoothed, bool capped) {
     const Sums sums = smoothed ? Sums::spread : capped ? Sums::capped : Sums::plain;
     const ScorerTiles of = scorer_tiles(kernel_of(kernel), sums);
     return py::dict(py::arg("rows") = of.rows, py::arg("classes") = of.classes, py::arg("width") = of.width,
-                    py::arg("threads") = of.threads, py::arg("stages") = of.stages,
-                    py::arg("resident") = of.resident, py::arg("shared_bytes") = of.shared_bytes);
+                    py::arg("threads") = of.threads, py::arg("stages") = of.stages, py::arg("resident") = of.resident,
+                    py::arg("shared_bytes") = of.shared_bytes);
 }
 
 py::dict plan(const std::string& kernel, const ScorerArgs& args, int processors) {
@@ -95,8 +100,9 @@ py::dict plan(const std::string& kernel, const ScorerArgs& args, int processors)
 
 }  // namespace
 
-void bind_scorer_plan(py::module_& module) {
-    py::class_<ScorerArgs>(module, "ScorerArgs", "A launch's arguments by group; csrc/cuda/scorer.h says what they are.")
+void bind_scorer(py::module_& module) {
+    py::class_<ScorerArgs>(module, "ScorerArgs", py::module_local(),
+                           "A launch's arguments by group; csrc/cuda/scorer.h says what they are.")
         .def(py::init(&scorer_args), py::arg("hidden"), py::arg("weight"), py::arg("target"), py::arg("bias"),
              py::arg("class_weight"), py::arg("example_weight"), py::arg("cu_seqlens"), py::arg("sizes"),
              py::arg("ignore_index"), py::arg("label_smoothing"), py::arg("softcap"), py::arg("how"),
@@ -107,22 +113,15 @@ void bind_scorer_plan(py::module_& module) {
                "The launch's shape, and what it is lent.");
     module.def("hopper_scorer_refuses", &hopper_scorer_refuses, py::arg("args"),
                "Why the Hopper kernel cannot take these arguments; None if it can.");
-}
-
-void bind_scorer(py::module_& module) {
+#if defined(ATTENT_CUDA) || defined(ATTENT_EMULATE)
     module.def(
         "launch_scorer",
         [](const std::string& kernel, const ScorerArgs& args, int processors, uintptr_t stream) {
-            gpu::Status status;
-            {
-                py::gil_scoped_release without_gil;
-                status = launch_scorer(kernel_of(kernel), args, processors, reinterpret_cast<cudaStream_t>(stream));
-            }
-            if (status.kind == gpu::Status::refused) throw py::value_error(status.message);
-            if (!status.ok()) throw std::runtime_error(status.message);
+            raise_unless_ok(launch_scorer(kernel_of(kernel), args, processors, stream_of(stream)));
         },
         py::arg("kernel"), py::arg("args"), py::arg("processors"), py::arg("stream"),
         "Starts the scorer on the current device.");
+#endif
 }
 
 }  // namespace attent

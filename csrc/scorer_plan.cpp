@@ -1,8 +1,10 @@
 // The scorer's launch shapes and workspace: host arithmetic, built and tested where there is no CUDA compiler.
+#include <cstdint>
+
 #include "cuda/scorer.h"
 #include "cuda/scorer/tiles.h"
 
-namespace attent {
+namespace attent::gpu::scorer {
 
 namespace {
 
@@ -13,14 +15,15 @@ bool has_whole_chunks(const void* data, int64_t column) {
 
 template <typename Tiles>
 ScorerTiles described(Sums sums) {
-    return {Tiles::BM,     Tiles::BN,       Tiles::BK, Tiles::THREADS,
-            Tiles::STAGES, Tiles::RESIDENT, Tiles::shared_bytes(sums)};
+    return {Tiles::BM, Tiles::BN, Tiles::BK, Tiles::THREADS, Tiles::STAGES, Tiles::RESIDENT, Tiles::shared_bytes(sums)};
 }
 
 }  // namespace
 
+static_assert(Portable::BM == Hopper::BM, "check_scorer counts a tile's rows once for both");
+
 ScorerTiles scorer_tiles(ScorerKernel kernel, Sums sums) {
-    return kernel == ScorerKernel::hopper ? described<scorer::Hopper>(sums) : described<scorer::Portable>(sums);
+    return kernel == ScorerKernel::hopper ? described<Hopper>(sums) : described<Portable>(sums);
 }
 
 const char* hopper_scorer_refuses(const ScorerArgs& args) {
@@ -39,6 +42,34 @@ const char* hopper_scorer_refuses(const ScorerArgs& args) {
     return nullptr;
 }
 
+Status check_scorer(const ScorerArgs& args) {
+    if (args.number != Number::bfloat16 && args.number != Number::float16) {
+        return say(Status::refused, "input: got number format %d; takes bfloat16 (0) and float16 (1)",
+                   static_cast<int>(args.number));
+    }
+    if (args.target_number != Number::int32 && args.target_number != Number::int64) {
+        return say(Status::refused, "target: got number format %d; takes int32 (4) and int64 (5)",
+                   static_cast<int>(args.target_number));
+    }
+    if (args.tokens < 0 || args.tokens_each < 1 || args.batch < 1 || args.width < 0 || args.classes < 1) {
+        return say(Status::refused, "sizes: got %d tokens, %d each, %d examples, width %d, %d classes", args.tokens,
+                   args.tokens_each, args.batch, args.width, args.classes);
+    }
+    const int examples = args.block_examples;
+    if (examples < 1 || examples > Portable::BM || (examples & (examples - 1)) != 0 ||
+        static_cast<int64_t>(args.blocks) * examples < args.batch) {
+        return say(Status::refused,
+                   "cut: got %d blocks of %d examples for %d; takes powers of two up to %d that hold all", args.blocks,
+                   examples, args.batch, Portable::BM);
+    }
+    if (args.row_tiles < 1 || static_cast<int64_t>(args.row_tiles) * Portable::BM < args.tokens || args.groups < 1 ||
+        args.group_tiles < 1 || args.sweep < 1 || static_cast<int64_t>(args.row_tiles) * args.groups > INT32_MAX) {
+        return say(Status::refused, "cut: got %d row tiles, %d groups of %d vocabulary tiles, sweeps of %d",
+                   args.row_tiles, args.groups, args.group_tiles, args.sweep);
+    }
+    return Status{};
+}
+
 ScorerPlan plan_scorer(ScorerKernel kernel, const ScorerArgs& args, int processors) {
     const ScorerTiles tiles = scorer_tiles(kernel, sums_of(args));
     const int64_t capacity = static_cast<int64_t>(args.row_tiles) * tiles.rows;
@@ -54,4 +85,4 @@ ScorerPlan plan_scorer(ScorerKernel kernel, const ScorerArgs& args, int processo
     return plan;
 }
 
-}  // namespace attent
+}  // namespace attent::gpu::scorer

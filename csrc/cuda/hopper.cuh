@@ -16,7 +16,7 @@
 #include <map>
 #endif
 
-namespace attent::hopper {
+namespace attent::gpu::hopper {
 
 constexpr int ROW_BYTES = 128, ATOM_ROWS = 8;
 constexpr int ACCUMULATORS = 128;  // of each of 128 threads: [64, 256]
@@ -134,13 +134,13 @@ void wait_for_products() {
             for (int half = 0; half < 2; ++half) {
                 float row[16];
                 for (int k = 0; k < 16; ++k) {
-                    row[k] = to_float(number_of_operand<T>(product.a, 16 * warp + lane / 4 + 8 * half, k));
+                    row[k] = to_float32(number_of_operand<T>(product.a, 16 * warp + lane / 4 + 8 * half, k));
                 }
                 for (int i = 0; i < ACCUMULATORS / 2; ++i) {
                     const int column = i / 2 * 8 + lane % 4 * 2 + i % 2;
                     float& sum = product.d[i / 2 * 4 + half * 2 + i % 2];
                     if (!product.adds) sum = 0.0f;
-                    for (int k = 0; k < 16; ++k) sum += row[k] * to_float(number_of_operand<T>(product.b, column, k));
+                    for (int k = 0; k < 16; ++k) sum += row[k] * to_float32(number_of_operand<T>(product.b, column, k));
                 }
             }
         }
@@ -152,12 +152,6 @@ template <int REGISTERS>
 void take_registers() {}
 template <int REGISTERS>
 void give_registers() {}
-
-template <int ID>
-void sync_some(int threads) {
-    static emulate::Barrier barrier;
-    emulate::wait_at(barrier, threads);
-}
 
 #else
 
@@ -272,7 +266,7 @@ __device__ __forceinline__ void start_product<BFloat16>(float (&d)[ACCUMULATORS]
     ATTENT_PRODUCT("bf16");
 }
 template <>
-__device__ __forceinline__ void start_product<Float16>(float (&d)[ACCUMULATORS], uint64_t a, uint64_t b, bool adds) {
+__device__ __forceinline__ void start_product<Half>(float (&d)[ACCUMULATORS], uint64_t a, uint64_t b, bool adds) {
     ATTENT_PRODUCT("f16");
 }
 #undef ATTENT_PRODUCT
@@ -287,12 +281,6 @@ __device__ __forceinline__ void give_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-// A barrier of the first `threads` threads only; ID is not 0, which is __syncthreads.
-template <int ID>
-__device__ __forceinline__ void sync_some(int threads) {
-    asm volatile("bar.sync %0, %1;" ::"n"(ID), "r"(threads) : "memory");
-}
-
 #endif
 
 // A tile of rows as an operand of a product, from a row that 8 divides on, and from column 16 `step` on.
@@ -303,4 +291,4 @@ __device__ __forceinline__ uint64_t operand(SharedAddress tile, int row, int ste
     return SWIZZLE_128 | ATOM | UNUSED | ((tile + row * ROW_BYTES + step * 32) & 0x3ffff) >> 4;
 }
 
-}  // namespace attent::hopper
+}  // namespace attent::gpu::hopper

@@ -11,7 +11,7 @@
 
 #include "status.h"
 
-namespace attent {
+namespace attent::gpu::scorer {
 
 enum class Number : int { bfloat16, float16, float32, float64, int32, int64 };
 enum class Reduction : int { nothing, mean, sum, none, example };
@@ -45,10 +45,10 @@ struct ScorerArgs {
     Number number;       // of both, and of the bias: bfloat16 or float16
     const void* target;  // [B, T] like hidden
     int64_t target_example, target_token;
-    Number target_number;  // int32 or int64
-    const void* bias;      // [V], adjacent, or none
-    Vector class_weight;   // [V], adjacent
-    Vector example_weight;  // [B]
+    Number target_number;       // int32 or int64
+    const void* bias;           // [V], adjacent, or none
+    Vector class_weight;        // [V], adjacent
+    Vector example_weight;      // [B]
     const int32_t* cu_seqlens;  // [B + 1], or none
     int64_t cu_seqlens_stride;
     int32_t tokens, tokens_each, batch, width, classes;  // N, T, B, D, V
@@ -84,10 +84,10 @@ struct ScorerArgs {
 
     // --- how the work is cut
     int32_t row_tiles;
-    int32_t groups;       // of vocabulary tiles
-    int32_t group_tiles;  // in a group
-    int32_t sweep;        // row tiles that go through the vocabulary together
-    int32_t blocks;       // of examples
+    int32_t groups;          // of vocabulary tiles
+    int32_t group_tiles;     // in a group
+    int32_t sweep;           // row tiles that go through the vocabulary together
+    int32_t blocks;          // of examples
     int32_t block_examples;  // in a block: a power of two, a tile's rows at most
 };
 
@@ -99,7 +99,9 @@ inline Sums sums_of(const ScorerArgs& args) {
     return args.softcap > 0 ? Sums::capped : Sums::plain;
 }
 
-constexpr int kept_numbers(Sums sums) { return sums == Sums::spread ? 7 : 3; }
+constexpr int kept_numbers(Sums sums) {
+    return sums == Sums::spread ? 7 : 3;
+}
 
 /// The two kernels: mma.sync and cp.async (sm_80 and up), and TMA and wgmma (sm_90a).
 enum class ScorerKernel : int { portable, hopper };
@@ -133,7 +135,11 @@ struct ScorerPlan {
 /// The launch's shape, and what it is lent, of arguments whose cut is filled in. `processors`: of the device.
 ScorerPlan plan_scorer(ScorerKernel kernel, const ScorerArgs& args, int processors);
 
-/// Start the kernel on the current device. The caller keeps all that the arguments point to until the stream has passed.
-gpu::Status launch_scorer(ScorerKernel kernel, const ScorerArgs& args, int processors, cudaStream_t stream);
+/// Whether the numbers fit together: what would run past an array is refused, naming the argument.
+Status check_scorer(const ScorerArgs& args);
 
-}  // namespace attent
+/// Start the kernel on the current device. The caller keeps all that the arguments point to until the stream has passed.
+Status launch_scorer(ScorerKernel kernel, const ScorerArgs& args, int processors, cudaStream_t stream);
+Status launch_hopper_scorer(const ScorerArgs& args, int processors, cudaStream_t stream);
+
+}  // namespace attent::gpu::scorer

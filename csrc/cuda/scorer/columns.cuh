@@ -9,10 +9,12 @@
 #include "online.cuh"
 #include "tokens.cuh"
 
-namespace attent::scorer {
+namespace attent::gpu::scorer {
 
 /// Which columns a thread's N numbers of a row are: `first` + 8 (i / 2) + i % 2.
-__device__ __forceinline__ int column_of(int first, int i) { return first + 8 * (i / 2) + i % 2; }
+__device__ __forceinline__ int column_of(int first, int i) {
+    return first + 8 * (i / 2) + i % 2;
+}
 
 /// The bias of the columns from `first` on, to N logits of a row.
 template <typename T, int N>
@@ -20,14 +22,14 @@ __device__ __forceinline__ void add_bias(const ScorerArgs& args, float (&z)[N], 
     const T* bias = static_cast<const T*>(args.bias) + first;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        if (column_of(first, i) < args.classes) z[i] += to_float(bias[column_of(0, i)]);
+        if (column_of(first, i) < args.classes) z[i] += to_float32(bias[column_of(0, i)]);
     }
 }
 
 /// N raw logits of a row, of the columns from `first` on. Where the target's own is among them, it goes to `own`.
 template <Sums SUMS, int N>
 __device__ __forceinline__ void keep_columns(const ScorerArgs& args, float inverse_softcap, float (&z)[N], int first,
-                                     int label, float* own, Kept& kept, Spread& spread) {
+                                             int label, float* own, Kept& kept, Spread& spread) {
     constexpr bool SPREAD = SUMS == Sums::spread;
     // Rarely true: once a row, and in the last tile.
     const bool has_own = label >= first && label <= column_of(first, N - 1) && (label - first) % 8 < 2;
@@ -98,4 +100,4 @@ __device__ __forceinline__ void merge_lanes(All& all) {
     }
 }
 
-}  // namespace attent::scorer
+}  // namespace attent::gpu::scorer

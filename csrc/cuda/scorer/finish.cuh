@@ -9,9 +9,10 @@
 // replayed in a CUDA graph.
 #pragma once
 
+#include "../select.cuh"
 #include "folds.cuh"
 
-namespace attent::scorer {
+namespace attent::gpu::scorer {
 
 /// Whether it is so for any thread. What threads stored before is there after.
 template <typename Team>
@@ -39,10 +40,13 @@ __device__ bool take_ticket(int32_t* ticket, int count, const Team& team, int* f
     return is_last;
 }
 
+/// What the choice sorts with: of the stages, which nobody loads or multiplies any more.
+using Selecting = SelectShared<1024>;
+
 /// What a team does when it has stored its slots of (tile, group).
 template <int ROWS, bool SPREAD, typename Team>
 __device__ void finish_item(const ScorerArgs& args, int tile, const Team& team, float* shared /* [threads] */,
-                            int* flag) {
+                            int* flag, unsigned char* stages) {
     if (!take_ticket(args.tickets + tile, args.groups, team, flag)) return;
     const int64_t capacity = static_cast<int64_t>(args.row_tiles) * ROWS;
     for (int row = team.thread(); row < ROWS; row += team.threads()) {
@@ -55,6 +59,13 @@ __device__ void finish_item(const ScorerArgs& args, int tile, const Team& team, 
         fold_examples(args, block, team, shared);
         if (!take_ticket(args.tickets + args.row_tiles + args.blocks, args.blocks, team, flag)) continue;
         fold_blocks(args, team, shared);
+        if (args.choice.index == nullptr) continue;
+        const SelectArgs<float> choice{args.choice.score,     args.valid,          args.batch,
+                                       args.choice.k,         args.choice.k_floor, args.choice.temperature,
+                                       args.choice.seed,      args.choice.index,   args.choice.chosen_score,
+                                       args.choice.inclusion, args.selection};
+        static_assert(sizeof(Selecting) <= 48 << 10 && Team::threads() * 4 <= 1024);
+        select_in_block(Team::block(), choice, *reinterpret_cast<Selecting*>(stages));
     }
 }
 
@@ -67,7 +78,7 @@ __device__ void store_hidden_squares(const ScorerArgs& args, int tile, const Tea
         const T* hidden = static_cast<const T*>(args.hidden) + hidden_offset(args, row);
         float square = 0.0f;
         for (int i = lane; i < args.width; i += 32) {
-            const float h = to_float(hidden[i * args.hidden_column]);
+            const float h = to_float32(hidden[i * args.hidden_column]);
             square = fmaf(h, h, square);
         }
         for (int step = 16; step > 0; step /= 2) square += __shfl_xor_sync(0xffffffffu, square, step);
@@ -75,4 +86,4 @@ __device__ void store_hidden_squares(const ScorerArgs& args, int tile, const Tea
     }
 }
 
-}  // namespace attent::scorer
+}  // namespace attent::gpu::scorer

@@ -7,12 +7,12 @@
 #include "online.cuh"
 #include "tokens.cuh"
 
-namespace attent::scorer {
+namespace attent::gpu::scorer {
 
 /// Where a token's kept numbers stand: slots [kept, groups, capacity].
 template <bool SPREAD>
-__device__ __forceinline__ void store_slot(const ScorerArgs& args, int64_t capacity, int group, int row, const Kept& kept,
-                                   const Spread& spread) {
+__device__ __forceinline__ void store_slot(const ScorerArgs& args, int64_t capacity, int group, int row,
+                                           const Kept& kept, const Spread& spread) {
     const int64_t step = args.groups * capacity;
     float* slot = args.slots + group * capacity + row;
     slot[0] = kept.m;
@@ -61,8 +61,7 @@ __device__ void fold_token(const ScorerArgs& args, int64_t capacity, int row) {
     if (args.class_weight.data != nullptr && token.counted) {
         // A label that is no class counts in the denominator as the class nearest to it would.
         const int nearest = token.label == -2 ? args.classes - 1 : larger(token.label, 0);
-        label_weight =
-            load_float(args.class_weight.data, args.class_weight.number, nearest);
+        label_weight = load_float(args.class_weight.data, args.class_weight.number, nearest);
     }
     LossAndSquare result{0.0f, 0.0f};
     if (token.computed && token.label < 0) {
@@ -84,8 +83,7 @@ __device__ void fold_token(const ScorerArgs& args, int64_t capacity, int row) {
     if (args.head != nullptr) {
         // The length of [h 1]: of hidden states that no product was computed with there is none.
         const float has_bias = args.bias != nullptr ? 1.0f : 0.0f;
-        args.token_head[row] =
-            token.computed ? result.square * (__ldcg(args.hidden_square + row) + has_bias) : 0.0f;
+        args.token_head[row] = token.computed ? result.square * (__ldcg(args.hidden_square + row) + has_bias) : 0.0f;
     }
     if (args.reduction == Reduction::none) args.loss[row] = token.computed ? result.loss * token.factor : 0.0f;
 }
@@ -172,4 +170,4 @@ __device__ void fold_blocks(const ScorerArgs& args, const Team& team, float* sha
     args.loss[0] = args.reduction == Reduction::sum ? loss : share == 0.0f ? 0.0f * loss : loss / share;
 }
 
-}  // namespace attent::scorer
+}  // namespace attent::gpu::scorer

@@ -30,13 +30,14 @@
 #include "finish.cuh"
 #include "tiles.h"
 
-namespace attent::scorer {
+namespace attent::gpu::scorer {
 
 /// The two consuming warpgroups, the block's first 256 threads. Barrier 1 is theirs.
 struct Consumers {
     __device__ int thread() const { return static_cast<int>(threadIdx.x); }
-    __device__ int threads() const { return Hopper::CONSUMERS; }
-    __device__ void sync() const { hopper::sync_some<1>(Hopper::CONSUMERS); }
+    __device__ static constexpr int threads() { return Hopper::CONSUMERS; }
+    __device__ static constexpr Block block() { return {Hopper::CONSUMERS, false, 1}; }
+    __device__ void sync() const { block().wait(); }
 };
 
 /// Which stage of the ring comes next, and in which of its rounds.
@@ -125,8 +126,7 @@ __device__ __forceinline__ void consume(const ScorerArgs& args, const HopperShar
 #pragma unroll
             for (int k = 0; k < Hopper::BK / 16; ++k) {
                 hopper::start_product<T>(z, hopper::operand(shared.hidden(ring.stage), group_row, k),
-                                         hopper::operand(shared.weight(ring.stage), 0, k),
-                                         step > 0 || k > 0);
+                                         hopper::operand(shared.weight(ring.stage), 0, k), step > 0 || k > 0);
             }
             hopper::commit_products();
             hopper::fence_registers(z);
@@ -152,7 +152,8 @@ __device__ __forceinline__ void consume(const ScorerArgs& args, const HopperShar
                 if (has_bias) {  // not in the accumulators from the start: wgmma would be serialized (C7511)
                     add_bias<T>(args, some, first + 4 * part);
                 }
-                keep_columns<SUMS>(args, inverse_softcap, some, first + 4 * part, label, own, all[h].kept, all[h].spread);
+                keep_columns<SUMS>(args, inverse_softcap, some, first + 4 * part, label, own, all[h].kept,
+                                   all[h].spread);
                 if (SUMS != Sums::plain) __syncwarp();  // one part after the other, or registers spill
             }
         }
@@ -215,8 +216,8 @@ __device__ __forceinline__ void hopper_scorer(const ScorerArgs& args, const hopp
             store_hidden_squares<T, Hopper::BM>(args, item.tile, team);
         }
         // Its barriers also keep the next item's labels and flag from those who still read this one's.
-        finish_item<Hopper::BM, SPREAD>(args, item.tile, team, sums, flags + 1);
+        finish_item<Hopper::BM, SPREAD>(args, item.tile, team, sums, flags + 1, memory);
     }
 }
 
-}  // namespace attent::scorer
+}  // namespace attent::gpu::scorer

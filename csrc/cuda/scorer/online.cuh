@@ -32,11 +32,13 @@
 
 #include "../half.cuh"
 
-namespace attent::scorer {
+namespace attent::gpu::scorer {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-__device__ __forceinline__ float minus_infinity() { return -INFINITY; }
+__device__ __forceinline__ float minus_infinity() {
+    return -INFINITY;
+}
 
 /// log(1 + x) for x >= 0, right to 3 units: what 1 + x is rounded by is divided out again (Kahan).
 __device__ __forceinline__ float log_1_plus(float x) {
@@ -68,11 +70,17 @@ struct Spread {
     float b, c, t, o;
 };
 
-__device__ __forceinline__ Kept nothing_kept() { return {minus_infinity(), 0.0f, 0.0f}; }
-__device__ __forceinline__ Spread nothing_spread() { return {0.0f, 0.0f, 0.0f, 0.0f}; }
+__device__ __forceinline__ Kept nothing_kept() {
+    return {minus_infinity(), 0.0f, 0.0f};
+}
+__device__ __forceinline__ Spread nothing_spread() {
+    return {0.0f, 0.0f, 0.0f, 0.0f};
+}
 
 /// What to count from: 0 where all so far are −inf, whose difference would be NaN.
-__device__ __forceinline__ float finite(float m) { return m == minus_infinity() ? 0.0f : m; }
+__device__ __forceinline__ float finite(float m) {
+    return m == minus_infinity() ? 0.0f : m;
+}
 
 /// Count what is kept from another m.
 __device__ __forceinline__ void move_to(float m, Kept& kept, Spread& spread) {
@@ -100,7 +108,7 @@ __device__ __forceinline__ void merge(Kept& kept, Spread& spread, Kept other, Sp
 /// Some more capped logits z̃, −inf where left out. SLOPED: d [n] is read. SPREAD: μ [n] is, 0 where left out.
 template <bool SLOPED, bool SPREAD, int N>
 __device__ __forceinline__ void keep(Kept& kept, Spread& spread, const float (&z)[N], const float (&d)[N],
-                             const float (&mass)[N]) {
+                                     const float (&mass)[N]) {
     // Two chains of dependent operations each, for what is waited for most.
     float largest[2] = {z[0], z[1]}, a[2] = {0.0f, 0.0f}, s[2] = {0.0f, 0.0f};
 #pragma unroll
@@ -139,8 +147,8 @@ struct LossAndSquare {
 
 /// ℓ and ‖g‖² of a token: `own` is z̃_y, `own_slope` d_y, `own_mass` μ_y.
 template <bool SPREAD>
-__device__ __forceinline__ LossAndSquare loss_and_square(const Kept& kept, const Spread& spread, float own, float own_slope,
-                                                 float own_mass) {
+__device__ __forceinline__ LossAndSquare loss_and_square(const Kept& kept, const Spread& spread, float own,
+                                                         float own_slope, float own_mass) {
     const float ahead = fmaf(own, kLog2E, -kept.m);  // x_y − m
     const bool own_leads = ahead >= 0.0f;            // then count from x_y, else from m
     const float shrink = own_leads ? fast_exp2(-ahead) : 1.0f;
@@ -170,4 +178,4 @@ __device__ __forceinline__ LossAndSquare loss_and_square(const Kept& kept, const
     return result;
 }
 
-}  // namespace attent::scorer
+}  // namespace attent::gpu::scorer

@@ -24,13 +24,14 @@
 #include "finish.cuh"
 #include "tiles.h"
 
-namespace attent::scorer {
+namespace attent::gpu::scorer {
 
 /// All threads of a block.
 struct WholeBlock {
     __device__ int thread() const { return static_cast<int>(threadIdx.x); }
-    __device__ int threads() const { return Portable::THREADS; }
-    __device__ void sync() const { __syncthreads(); }
+    __device__ static constexpr int threads() { return Portable::THREADS; }
+    __device__ static constexpr Block block() { return {Portable::THREADS}; }
+    __device__ void sync() const { block().wait(); }
 };
 
 /// Row `source` of an operand from column k0 + 8 `chunk` on: 8 numbers, 0 from the width on.
@@ -86,7 +87,8 @@ __device__ __forceinline__ void portable_scorer(const ScorerArgs& args, unsigned
     const int copy_row = thread / P::CHUNKS, copy_chunk = thread % P::CHUNKS;
     int64_t hidden_rows[COPIES];
 #pragma unroll
-    for (int i = 0; i < COPIES; ++i) hidden_rows[i] = hidden_offset(args, first_row + copy_row + i * P::THREADS / P::CHUNKS);
+    for (int i = 0; i < COPIES; ++i)
+        hidden_rows[i] = hidden_offset(args, first_row + copy_row + i * P::THREADS / P::CHUNKS);
 
     const int vocabulary_tiles = (args.classes + P::BN - 1) / P::BN;
     const int first_tile = item.group * args.group_tiles;
@@ -211,7 +213,7 @@ __device__ __forceinline__ void portable_scorer(const ScorerArgs& args, unsigned
         }
     }
     if (args.head != nullptr && item.group == 0 && is_needed) store_hidden_squares<T, P::BM>(args, item.tile, team);
-    finish_item<P::BM, SPREAD>(args, item.tile, team, reinterpret_cast<float*>(shared + P::STAGE_BYTES), flag);
+    finish_item<P::BM, SPREAD>(args, item.tile, team, reinterpret_cast<float*>(shared + P::STAGE_BYTES), flag, shared);
 }
 
-}  // namespace attent::scorer
+}  // namespace attent::gpu::scorer

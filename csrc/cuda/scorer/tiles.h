@@ -3,20 +3,20 @@
 
 #include "../scorer.h"
 
-namespace attent::scorer {
+namespace attent::gpu::scorer {
 
 constexpr int half_bytes = 2;  // of a bfloat16 or float16
 
 struct Portable {
     static constexpr int BM = 128, BN = 128, BK = 32, STAGES = 3;
     static constexpr int WARPS = 4, THREADS = 32 * WARPS, RESIDENT = 2;
-    static constexpr int WARP_ROWS = 64, WARP_COLUMNS = 64;         // of a warp's tile; 2 × 2 warps
-    static constexpr int ROW_TILES = WARP_ROWS / 16;                // of mma.sync
-    static constexpr int COLUMN_TILES = WARP_COLUMNS / 8;           //
-    static constexpr int ROWS = 2 * ROW_TILES;                      // of a thread
-    static constexpr int COLUMNS = 2 * COLUMN_TILES;                // of a thread in each of its rows
-    static constexpr int CHUNKS = BK / 8;                           // of 16 bytes in a row
-    static constexpr int OPERAND_BYTES = BM * BK * half_bytes;      // of one of the two in a stage
+    static constexpr int WARP_ROWS = 64, WARP_COLUMNS = 64;     // of a warp's tile; 2 × 2 warps
+    static constexpr int ROW_TILES = WARP_ROWS / 16;            // of mma.sync
+    static constexpr int COLUMN_TILES = WARP_COLUMNS / 8;       //
+    static constexpr int ROWS = 2 * ROW_TILES;                  // of a thread
+    static constexpr int COLUMNS = 2 * COLUMN_TILES;            // of a thread in each of its rows
+    static constexpr int CHUNKS = BK / 8;                       // of 16 bytes in a row
+    static constexpr int OPERAND_BYTES = BM * BK * half_bytes;  // of one of the two in a stage
     static constexpr int STAGE_BYTES = 2 * OPERAND_BYTES;
 
     static constexpr int LABELS_AT = STAGES * STAGE_BYTES;  // int [BM]
@@ -34,11 +34,11 @@ struct Hopper {
     static constexpr int HIDDEN_BYTES = BM * BK * half_bytes, WEIGHT_BYTES = BN * BK * half_bytes;
     static constexpr int STAGE_BYTES = HIDDEN_BYTES + WEIGHT_BYTES;
 
-    static constexpr int LABELS_AT = STAGES * STAGE_BYTES;     // int [BM]
-    static constexpr int SUMS_AT = LABELS_AT + 4 * BM;         // float [CONSUMERS]
+    static constexpr int LABELS_AT = STAGES * STAGE_BYTES;       // int [BM]
+    static constexpr int SUMS_AT = LABELS_AT + 4 * BM;           // float [CONSUMERS]
     static constexpr int BARRIERS_AT = SUMS_AT + 4 * CONSUMERS;  // uint64 [2 STAGES]
     static constexpr int FLAGS_AT = BARRIERS_AT + 16 * STAGES;   // int [2]
     static constexpr int shared_bytes(Sums) { return FLAGS_AT + 16; }
 };
 
-}  // namespace attent::scorer
+}  // namespace attent::gpu::scorer

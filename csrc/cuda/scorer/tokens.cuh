@@ -10,10 +10,7 @@
 
 #include "numbers.cuh"
 
-namespace attent::scorer {
-
-__device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
-__device__ __forceinline__ int larger(int a, int b) { return a < b ? b : a; }
+namespace attent::gpu::scorer {
 
 /// The example of a row; row N counts as one more token of the last example.
 __device__ __forceinline__ int example_of(const ScorerArgs& args, int row) {
@@ -34,7 +31,7 @@ __device__ __forceinline__ int first_token(const ScorerArgs& args, int example) 
         return first < args.tokens ? static_cast<int>(first) : args.tokens;
     }
     if (example <= 0) return 0;
-    int below = 0;                     // where the search is
+    int below = 0;                    // where the search is
     int low = 0, high = args.tokens;  // the rows whose search comes the same way are low … high − 1
     for (int size = args.batch; size > 1;) {
         const int half = size / 2, middle = below + half;
@@ -71,8 +68,7 @@ __device__ __forceinline__ Token read_token(const ScorerArgs& args, int row) {
         if (!token.counted) return token;
         source = row + 1;
     }
-    const int64_t at =
-        source / args.tokens_each * args.target_example + source % args.tokens_each * args.target_token;
+    const int64_t at = source / args.tokens_each * args.target_example + source % args.tokens_each * args.target_token;
     const int64_t given = load_integer(args.target, args.target_number, at);
     token.counted = given != args.ignore_index;
     token.label = given < 0 ? -1 : given < args.classes ? static_cast<int>(given) : -2;
@@ -102,8 +98,8 @@ __device__ __forceinline__ Range blocks_of_tile(const ScorerArgs& args, int tile
     const int before = example_of(args, larger(begin - 1, 0)) / args.block_examples;
     Range range;
     range.first = tile == 0 ? 0 : smaller(here, before + 1);  // blocks between the two have no token
-    range.last = tile == args.row_tiles - 1 ? args.blocks - 1
-                                            : example_of(args, begin + rows - 1) / args.block_examples;
+    range.last =
+        tile == args.row_tiles - 1 ? args.blocks - 1 : example_of(args, begin + rows - 1) / args.block_examples;
     return range;
 }
 
@@ -129,4 +125,4 @@ __device__ __forceinline__ Item item_at(const ScorerArgs& args, int i) {
     return {first + within % tiles, within / tiles};
 }
 
-}  // namespace attent::scorer
+}  // namespace attent::gpu::scorer
