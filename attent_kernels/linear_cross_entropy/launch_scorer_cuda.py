@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from importlib import import_module
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import native
 from ..runtime import on_device_of, processors, workspace
 from .configurations import Configuration, cut
 from .scorer_workspace import Choose, Scored, block_of_examples, lent_scratch, scratch_memory
@@ -27,13 +27,8 @@ _REDUCTIONS = {None: 0, "mean": 1, "sum": 2, "none": 3, "example": 4}
 _PER_EXAMPLE = {"mean": 0, "sum": 1, "rms": 2}
 
 
-def native() -> ModuleType:
-    """The module whose launches these are."""
-    return import_module("attent_kernels._native")
-
-
 @lru_cache(maxsize=64)
-def _tiles(module: ModuleType, kernel: str, smoothed: bool, capped: bool) -> Configuration:
+def _tiles(module: Any, kernel: str, smoothed: bool, capped: bool) -> Configuration:
     of = module.scorer_tiles(kernel, smoothed, capped)
     return Configuration(
         of["rows"], of["classes"], of["width"], of["threads"] // 32, of["stages"], of["resident"], False
@@ -42,7 +37,7 @@ def _tiles(module: ModuleType, kernel: str, smoothed: bool, capped: bool) -> Con
 
 def kernels_of(device: torch.device) -> tuple[str, ...]:
     """The kernels that run there, best first."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0) and "90a" in native.cuda_archs():
         return "hopper", "portable"
     return ("portable",)
 
@@ -70,7 +65,8 @@ def score_tokens(
     batch = input.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     tokens, width, classes = input.shape[:-1].numel(), input.shape[-1], linear_weight.shape[0]
     tokens_each = max(1, input.shape[1]) if input.dim() == 3 else 1
-    device, module = input.device, native()
+    device = input.device
+    module: Any = native.module
 
     def floats(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)

@@ -40,14 +40,12 @@ __device__ bool take_ticket(int32_t* ticket, int count, const Team& team, int* f
     return is_last;
 }
 
-/// What the choice sorts with: of the stages, which nobody loads or multiplies any more.
-using Selecting = SelectShared<1024>;
-
-/// What a team does when it has stored its slots of (tile, group).
+/// What a team does when it has stored its slots of (tile, group). Whether it has ended the launch: then all scores are
+/// there, and it is to choose. (Not here: in the loop of a persistent kernel the choice would cost registers.)
 template <int ROWS, bool SPREAD, typename Team>
-__device__ void finish_item(const ScorerArgs& args, int tile, const Team& team, float* shared /* [threads] */,
-                            int* flag, unsigned char* stages) {
-    if (!take_ticket(args.tickets + tile, args.groups, team, flag)) return;
+__device__ bool finish_item(const ScorerArgs& args, int tile, const Team& team, float* shared /* [threads] */,
+                            int* flag) {
+    if (!take_ticket(args.tickets + tile, args.groups, team, flag)) return false;
     const int64_t capacity = static_cast<int64_t>(args.row_tiles) * ROWS;
     for (int row = team.thread(); row < ROWS; row += team.threads()) {
         fold_token<SPREAD>(args, capacity, tile * ROWS + row);
@@ -59,14 +57,23 @@ __device__ void finish_item(const ScorerArgs& args, int tile, const Team& team, 
         fold_examples(args, block, team, shared);
         if (!take_ticket(args.tickets + args.row_tiles + args.blocks, args.blocks, team, flag)) continue;
         fold_blocks(args, team, shared);
-        if (args.choice.index == nullptr) continue;
-        const SelectArgs<float> choice{args.choice.score,     args.valid,          args.batch,
-                                       args.choice.k,         args.choice.k_floor, args.choice.temperature,
-                                       args.choice.seed,      args.choice.index,   args.choice.chosen_score,
-                                       args.choice.inclusion, args.selection};
-        static_assert(sizeof(Selecting) <= 48 << 10 && Team::threads() * 4 <= 1024);
-        select_in_block(Team::block(), choice, *reinterpret_cast<Selecting*>(stages));
+        return true;  // nothing comes after all blocks
     }
+    return false;
+}
+
+/// The choice by the launch's scores, by the team that has ended it. `stages`: nobody loads or multiplies them any more.
+template <typename Team>
+__device__ void choose(const ScorerArgs& args, const Team& team, unsigned char* stages) {
+    if (args.choice.index == nullptr) return;
+    using Shared = SelectShared<1024>;
+    static_assert(sizeof(Shared) <= 48 << 10 && Team::threads() * 4 <= 1024);
+    const SelectArgs<float> choice{args.choice.score,    args.valid,          args.batch,
+                                   args.choice.k,        args.choice.k_floor, args.choice.temperature,
+                                   args.choice.seed,     args.choice.index,   args.choice.chosen_score,
+                                   args.choice.inclusion, args.selection};
+    team.sync();  // the folds' use of the memory is over
+    select_in_block(Team::block(), choice, *reinterpret_cast<Shared*>(stages));
 }
 
 /// ‖h‖² of a tile's rows, for the score "head" of examples of one token: a warp a row.

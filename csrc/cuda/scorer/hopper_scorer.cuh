@@ -154,7 +154,7 @@ __device__ __forceinline__ void consume(const ScorerArgs& args, const HopperShar
                 }
                 keep_columns<SUMS>(args, inverse_softcap, some, first + 4 * part, label, own, all[h].kept,
                                    all[h].spread);
-                if (SUMS != Sums::plain) __syncwarp();  // one part after the other, or registers spill
+                __syncwarp();  // one part after the other, or registers spill
             }
         }
     }
@@ -191,6 +191,7 @@ __device__ __forceinline__ void hopper_scorer(const ScorerArgs& args, const hopp
     int* flags = reinterpret_cast<int*>(memory + Hopper::FLAGS_AT);
     const int64_t capacity = static_cast<int64_t>(args.row_tiles) * Hopper::BM;
     Ring ring;
+    bool ends = false;
 #pragma unroll 1
     for (int i = static_cast<int>(blockIdx.x); i < items; i += static_cast<int>(gridDim.x)) {
         const Item item = item_at(args, i);
@@ -216,8 +217,10 @@ __device__ __forceinline__ void hopper_scorer(const ScorerArgs& args, const hopp
             store_hidden_squares<T, Hopper::BM>(args, item.tile, team);
         }
         // Its barriers also keep the next item's labels and flag from those who still read this one's.
-        finish_item<Hopper::BM, SPREAD>(args, item.tile, team, sums, flags + 1, memory);
+        ends = finish_item<Hopper::BM, SPREAD>(args, item.tile, team, sums, flags + 1);
     }
+    // Who has ended the launch has no item left, and so no copy or product under way.
+    if (ends) choose(args, team, memory);
 }
 
 }  // namespace attent::gpu::scorer

@@ -213,7 +213,8 @@ __device__ __forceinline__ void portable_scorer(const ScorerArgs& args, unsigned
         }
     }
     if (args.head != nullptr && item.group == 0 && is_needed) store_hidden_squares<T, P::BM>(args, item.tile, team);
-    finish_item<P::BM, SPREAD>(args, item.tile, team, reinterpret_cast<float*>(shared + P::STAGE_BYTES), flag, shared);
+    float* folds = reinterpret_cast<float*>(shared + P::STAGE_BYTES);
+    if (finish_item<P::BM, SPREAD>(args, item.tile, team, folds, flag)) choose(args, team, shared);
 }
 
 }  // namespace attent::gpu::scorer
