@@ -16,7 +16,7 @@
 // Why these sizes (counted, not measured):
 // * wgmma m64n256k16 reads its operands from shared memory: 10 KB for 128 clocks of products, 80 bytes a clock of 128;
 //   the copies write 48. Narrower tiles of classes read more: 96 at n = 128.
-// * A consumer thread holds 128 accumulators, and 232 registers: 256 × 232 + 128 × 40 is the register file.
+// * A consumer thread holds 128 accumulators in 240 registers: 256 × 240 + 128 × 24 is what 384 threads of 168 have.
 // * 4 stages of 48 KB. Consumers drift apart by up to 4 stages, 2048 clocks of products: while one sums its logits up,
 //   64 × 256 exponentials at 16 a clock = 1024 clocks, the other multiplies. So the sums are hidden behind products
 //   from D = 256 on without a schedule for it.
@@ -179,11 +179,11 @@ __device__ __forceinline__ void hopper_scorer(const ScorerArgs& args, const hopp
 
     const int items = args.row_tiles * args.groups;
     if (thread >= Hopper::CONSUMERS) {
-        hopper::give_registers<40>();
+        hopper::give_registers<24>();
         if (thread < Hopper::CONSUMERS + 32) produce(args, hidden, weight, shared, items);
         return;
     }
-    hopper::take_registers<232>();
+    hopper::take_registers<240>();
 
     const Consumers team;
     int* labels = reinterpret_cast<int*>(memory + Hopper::LABELS_AT);
