@@ -77,7 +77,7 @@ inline void prefetch_map(const TensorMap&) {}
 inline void load_box(const TensorMap& map, SharedAddress to, SharedAddress barrier, int column, int row) {
     if (to % 1024 != 0) throw std::logic_error("a swizzled box at a misaligned address");
     const TensorMap from = map;
-    barrier_at(barrier).copies.push_back([=] {
+    const auto copy = [=] {
         for (int r = 0; r < from.box_rows; ++r) {
             for (int c = 0; c < ROW_BYTES / 2; ++c) {
                 uint16_t value = 0;
@@ -90,7 +90,13 @@ inline void load_box(const TensorMap& map, SharedAddress to, SharedAddress barri
         }
         barrier_at(barrier).bytes -= from.box_rows * ROW_BYTES;
         barrier_at(barrier).complete();
-    });
+    };
+    // It lands at once, or when somebody waits for it.
+    if (emulate::block().random() % 2 == 0) {
+        copy();
+    } else {
+        barrier_at(barrier).copies.push_back(copy);
+    }
 }
 
 // Products that threads have started, by group; the last is still open. They happen when they are waited for: what
