@@ -29,7 +29,9 @@ help:  ## show this list
 .PHONY: install
 install: $(INSTALLED)  ## create .venv and install attent in it, editable
 
-$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+# Compiling for GPUs takes minutes and no test needs it in place: ATTENT_CUDA=auto make install does it all the same.
+$(INSTALLED): export ATTENT_CUDA ?= 0
+$(INSTALLED): pyproject.toml constraints.txt setup.py $(filter %.cpp %.h %.cuh,$(shell find csrc -type f)) tools/cuda_build.py
 	@$(PYTHON) -c 'import sys; sys.exit("attent needs Python 3.10 or newer; try make PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) pip setuptools pybind11
@@ -41,7 +43,7 @@ test: $(INSTALLED)  ## the fast tests: under five minutes on two cores
 	$(PYTEST) $(PARALLEL)
 
 .PHONY: check
-check: lint types docs aot build slow examples  ## all that must hold before a merge, beyond make test
+check: lint types docs cuda aot build slow examples  ## all that must hold before a merge, beyond make test
 	@echo "make check: all passed"
 
 .PHONY: lint
@@ -67,24 +69,44 @@ slow: $(INSTALLED)  ## the slow tests
 aot: $(INSTALLED)  ## kernels compiled ahead of time for the GPUs we support; needs no GPU
 	$(PYTEST) -m aot $(NONE_IS_FINE)
 
+# Beside the installed module, not in its place: what `make test` made stays as it is.
+.PHONY: cuda
+cuda: $(INSTALLED)  ## the CUDA kernels, compiled by nvcc; no spills, the instructions that are meant; needs no GPU
+	@if $(BIN)/python -c 'import sys; sys.path.insert(0, "tools"); import cuda_build; cuda_build.find_toolkit()' 2> /dev/null; then \
+	    set -x; ATTENT_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/cuda-module --build-temp build/cuda-temp; \
+	    $(PYTEST) -m aot tests/test_cuda_resources.py; \
+	    $(BIN)/python -m benchmarks.resources --cuda --check; \
+	else echo "make cuda: there is no nvcc (pip install nvidia-cuda-nvcc brings one); nothing was compiled"; fi
+
 .PHONY: gpu
 gpu: $(INSTALLED)  ## the tests that need a CUDA device
 	$(PYTEST) -m gpu $(NONE_IS_FINE)
 
-# The wheel is made from the source distribution and installed where only its dependencies are borrowed from .venv (a
-# path in a .pth file is searched, but its own .pth files, the editable install among them, are not read).
-.PHONY: build
-build: $(INSTALLED)  ## source distribution and wheel into dist/, and the wheel imported outside the checkout
-	rm -rf build dist
+# Source distribution and wheel into dist/, the wheel made from the source distribution and installed where only its
+# dependencies are borrowed from .venv (a path in a .pth file is searched, but its own .pth files, the editable install
+# among them, are not read). Then $$away is the folder, in which bin/python has it.
+define BUILD_AND_INSTALL_AWAY
+	rm -rf dist
 	$(BIN)/python -m build -q --no-isolation
 	away=$$(mktemp -d); trap 'rm -rf "$$away"' EXIT; \
 	$(BIN)/python -m venv --without-pip "$$away"; \
 	$(BIN)/python -m pip --python "$$away/bin/python" install -q --no-deps dist/*.whl; \
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-	    > "$$("$$away/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"; \
-	cd "$$away"; \
-	bin/python -c 'import sys, attent, attent_kernels; assert all(m.__file__.startswith(sys.prefix) for m in (attent, attent_kernels)); print("imported attent", attent.__version__, "from", attent.__file__)'; \
-	bin/attent --help > /dev/null
+	    > "$$("$$away/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
+endef
+
+.PHONY: build
+build: export ATTENT_CUDA := 0
+build: $(INSTALLED)  ## source distribution and wheel into dist/, and the wheel imported outside the checkout
+	$(BUILD_AND_INSTALL_AWAY); \
+	cp tools/check_wheel.py "$$away"; cd "$$away"; bin/python check_wheel.py --no-cuda; bin/attent --help > /dev/null
+
+.PHONY: wheel
+wheel: $(INSTALLED)  ## the wheel for this machine into dist/, with the CUDA kernels where there is an nvcc, and its tests
+	$(BUILD_AND_INSTALL_AWAY); \
+	cp -r tools/check_wheel.py tests benchmarks pyproject.toml "$$away"; cd "$$away"; \
+	bin/python check_wheel.py --native; \
+	OMP_NUM_THREADS=1 bin/python -m pytest -q tests/test_row_statistics.py tests/test_cuda_select_top_k.py tests/test_dispatch.py
 
 # The pretrained model's package asks for more than its files need.
 .PHONY: examples

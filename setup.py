@@ -12,11 +12,18 @@ left where Python finds it: in the installed package (``attent_kernels/_native_f
     ATTENT_NATIVE=0    nothing is compiled
     ATTENT_CUDA=1      a missing or failing nvcc is an error
     ATTENT_CUDA=0      the CPU part only
+
+For another Python than the one that builds, whose headers lie in a folder of their own, and for a wheel that says which
+CUDA it is for (a local version, as package indexes other than PyPI take them):
+
+    ATTENT_FOR_PYTHON=3.12:/usr/include/python3.12
+    ATTENT_LOCAL_VERSION=cu13
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
@@ -24,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -32,10 +40,18 @@ sys.path.insert(0, str(ROOT / "tools"))  # a build frontend does not put it ther
 import cuda_build  # noqa: E402
 
 WANTED = os.environ.get("ATTENT_NATIVE", "")
+LOCAL_VERSION = os.environ.get("ATTENT_LOCAL_VERSION", "")
+FOR_PYTHON, _, HEADERS = os.environ.get("ATTENT_FOR_PYTHON", "").partition(":")
+if FOR_PYTHON and not (re.fullmatch(r"3\.\d+", FOR_PYTHON) and Path(HEADERS, "Python.h").is_file()):
+    sys.exit(
+        f"ATTENT_FOR_PYTHON: got {FOR_PYTHON}:{HEADERS}; takes VERSION:FOLDER, such as 3.12:/usr/include/python3.12"
+    )
 REASON_FILE = "_native_failure.txt"
 # No -march: each hot function names its own instruction set and is picked at run time, so one build runs on any CPU.
 COMPILE_ARGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fopenmp"]
 LINK_ARGS = ["-fopenmp"]
+if sys.platform == "linux":
+    LINK_ARGS.append("-Wl,--version-script=csrc/exports.map")
 
 
 def native_extensions() -> list[Extension]:
@@ -58,7 +74,7 @@ def native_extensions() -> list[Extension]:
             "attent_kernels._native",
             sources=sources,
             depends=sorted(glob("csrc/**/*.*", recursive=True)),
-            include_dirs=[pybind11.get_include()],
+            include_dirs=[pybind11.get_include(), *([HEADERS] if HEADERS else [])],
             extra_compile_args=COMPILE_ARGS,
             extra_link_args=LINK_ARGS,
             language="c++",
@@ -86,6 +102,10 @@ class BuildNative(build_ext):
             reason.parent.mkdir(parents=True, exist_ok=True)
             reason.write_text(f"{said}\n", encoding="utf-8")
 
+    def get_ext_filename(self, fullname: str) -> str:
+        name: str = super().get_ext_filename(fullname)
+        return re.sub(r"cpython-\d+", f"cpython-{FOR_PYTHON.replace('.', '')}", name) if FOR_PYTHON else name
+
     def compile_side_by_side(self) -> None:
         """Let the compiler take several files at a time: setuptools gives it one after another."""
         one_after_another = self.compiler.compile
@@ -109,6 +129,24 @@ class BuildNative(build_ext):
         super().copy_extensions_to_source()
 
 
+class Wheel(bdist_wheel):
+    """``bdist_wheel`` that is named after what it holds: the Python the module was built for; any, without a module."""
+
+    def run(self) -> None:
+        self.run_command("build_ext")
+        made = self.get_finalized_command("build_ext")
+        if self.distribution.ext_modules and not any(Path(file).exists() for file in made.get_outputs()):
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        if FOR_PYTHON and abi != "none":
+            python = abi = f"cp{FOR_PYTHON.replace('.', '')}"
+        return python, abi, platform
+
+
 def add_cuda(ext: Extension) -> None:
     """Compile csrc/cuda and give the extension its objects; or give it the reason why it has none."""
     if cuda_build.wanted() == "0":
@@ -126,10 +164,9 @@ def add_cuda(ext: Extension) -> None:
             ext.define_macros += [("ATTENT_CUDA", None), ("ATTENT_CUDA_ARCHS", c_string(";".join(built.archs)))]
             if "90a" in built.archs:
                 ext.define_macros.append(("ATTENT_SM90A", None))
-            # The runtime is linked in, and its symbols are hidden: torch's own copy is another one.
+            # The runtime is linked in, its symbols are not exported: torch has a copy of its own.
             ext.extra_link_args += [
                 f"-L{built.toolkit.library}", "-l:libcudart_static.a", "-lrt", "-lpthread", "-ldl",
-                "-Wl,--exclude-libs,ALL",
             ]  # fmt: skip
             return
     ext.define_macros.append(("ATTENT_CUDA_ABSENT", c_string(absent)))
@@ -159,4 +196,8 @@ def announce(reason: str) -> None:
     )
 
 
-setup(ext_modules=native_extensions(), cmdclass={"build_ext": BuildNative})
+setup(
+    ext_modules=native_extensions(),
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
+    options={"egg_info": {"tag_build": f"+{LOCAL_VERSION}"}} if LOCAL_VERSION else {},
+)

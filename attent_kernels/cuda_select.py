@@ -43,10 +43,11 @@ def select_top_k(
     valid = None if valid is None else valid.contiguous()
     n, dtype = scores.numel(), DTYPES[scores.dtype]
     plan = module.plan_select_top_k(n, k, k_floor, temperature, dtype)
-    # Not from the workspace, which never shrinks: as long as the pool, or sorted by torch.
-    codes = scores.new_empty(plan.code_length, dtype=torch.int32)
-    kinds = scores.new_empty(plan.kind_length, dtype=torch.int8)
-    chosen = scores.new_empty(plan.chosen_length, dtype=torch.int64)
+    codes = kinds = chosen = None
+    if plan.launches > 1:  # not from the workspace, which never shrinks: as long as the pool, or sorted by torch
+        codes = scores.new_empty(plan.code_length, dtype=torch.int32)
+        kinds = scores.new_empty(plan.kind_length, dtype=torch.int8)
+        chosen = scores.new_empty(plan.chosen_length, dtype=torch.int64)
     with (
         on_device_of(scores),
         workspace(scores.device, plan.ticket_count, [(plan.scratch_length, torch.int64)]) as (tickets, scratch),
@@ -56,11 +57,11 @@ def select_top_k(
         def arguments() -> Any:
             return module.SelectTopKArgs(
                 scores.data_ptr(), dtype, address(valid), n, k, k_floor, temperature, address(seed), sorted,
-                *map(address, outputs), *map(address, (scratch, tickets, chosen, codes, kinds)),
+                *map(address, outputs), *map(address, (scratch, tickets, chosen, codes, kinds)), native.DELAYED,
             )  # fmt: skip
 
         module.select_top_k(arguments(), stream)
-        if not plan.finished:
+        if not plan.finished and chosen is not None:
             chosen = chosen.sort().values if sorted else chosen
             module.select_outputs(arguments(), stream)
     return outputs

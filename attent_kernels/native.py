@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,9 @@ def _load() -> tuple[ModuleType | None, str | None]:
             reason += f"; its build ended with: {_BUILD_FAILURE.read_text(encoding='utf-8').strip()}"
         return None, reason
 
+
+#: A stress test's switch, as in ``tickets.py``: blocks wait for a time of their own before they take a ticket.
+DELAYED = os.environ.get("ATTENT_DELAY_TILES") == "1"
 
 #: The module, or None and why.
 module, reason = _load()
@@ -70,7 +74,7 @@ def _outdated_driver(driver: int, runtime: int) -> str | None:
 
 @functools.lru_cache(maxsize=16)
 def _unsupported(capability: tuple[int, int], archs: Sequence[str]) -> str | None:
-    """Machine code runs on its major version from its minor one on, with a letter on just that one; PTX on all later."""
+    """Machine code runs on its major version from its minor on, with a letter on just that one; PTX on all later."""
     major, minor = capability
     newest = 0
     for arch in archs:

@@ -84,9 +84,9 @@ def workspace(
 def _cached(device: torch.device, tickets: int, size: int) -> tuple[Tensor, Tensor]:
     # What is one after the other on a GPU is a stream; in the interpreter it is a thread.
     key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else threading.get_ident())
-    if key not in _tickets or len(_tickets[key]) < tickets:
+    if key not in _tickets or _tickets[key].numel() < tickets:
         _tickets[key] = torch.zeros(_grown(tickets), dtype=torch.int32, device=device)
-    if key not in _scratch or len(_scratch[key]) < size:
+    if key not in _scratch or _scratch[key].numel() < size:
         _scratch[key] = torch.empty(_grown(size), dtype=torch.uint8, device=device)
     return _tickets[key], _scratch[key]
 

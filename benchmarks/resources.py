@@ -3,6 +3,8 @@
 For sm_80, sm_90 and sm_100: registers a thread, stack (spills), shared memory, which tensor core instructions the main
 loop has, and whether a block barrier lies before every ticket. ``--check`` fails on a stack, on too much shared memory,
 on a ticket without barrier, and where sm_90's warpgroup products are missing.
+
+``--cuda``: the same of the CUDA C++ kernels, from the module that ``make cuda`` builds (``cuda_resources.py``).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from . import cuda_resources
 from .ahead_of_time import CAPABILITIES, SHARED_LIMIT, Compiled, compiled_for, unordered_tickets
 from .resource_cases import Case, cases, with_triton
 
@@ -54,7 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--decisive", action="store_true", help="only what the tests compile")
     parser.add_argument("--check", action="store_true", help="exit with 1 if anything is wrong")
     parser.add_argument("--json", type=Path, help="write the table there")
+    parser.add_argument("--cuda", action="store_true", help="the CUDA C++ kernels of a built native module instead")
+    parser.add_argument("--module", type=Path, help="that module; by default make cuda's, else the installed one")
     asked = parser.parse_args(arguments)
+    if asked.cuda:
+        return cuda(asked.module, asked.json, asked.check)
     rows: list[dict[str, Any]] = []
     wrong = 0
     sizes = f"{'warps':>5} {'stages':>6} {'registers':>9} {'stack':>5} {'shared':>7}"
@@ -79,13 +86,36 @@ def main(arguments: list[str] | None = None) -> int:
             for complaint in complaints:
                 print(f"{capability:3}  WRONG: {complaint}  {case.op}: {case.name}", flush=True)
             wrong += len(complaints)
-    if asked.json:
-        from .provenance import gpu_provenance
-
-        asked.json.parent.mkdir(parents=True, exist_ok=True)
-        asked.json.write_text(json.dumps({"provenance": gpu_provenance(), "kernels": rows}, indent=1) + "\n")
+    write(asked.json, rows)
     print(f"{len(rows)} kernels, {wrong} things wrong")
     return 1 if wrong and asked.check else 0
+
+
+def cuda(module: Path | None, to: Path | None, check: bool) -> int:
+    """The table of a native module's CUDA kernels."""
+    module = module or cuda_resources.built_module()
+    if module is None:
+        print("there is no native module with CUDA kernels: make cuda builds one", file=sys.stderr)
+        return 2
+    found = cuda_resources.functions(module)
+    for line in cuda_resources.table(found):
+        print(line)
+    wrong = list(cuda_resources.problems(found))
+    for complaint in wrong:
+        print(f"WRONG: {complaint}")
+    write(to, [function._asdict() for function in found])
+    print(f"{len(found)} kernels, {len(wrong)} things wrong")
+    return 1 if wrong and check else 0
+
+
+def write(to: Path | None, rows: list[dict[str, Any]]) -> None:
+    """Write the table where it was asked for."""
+    if to is None:
+        return
+    from .provenance import gpu_provenance
+
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_text(json.dumps({"provenance": gpu_provenance(), "kernels": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

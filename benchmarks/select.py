@@ -99,7 +99,7 @@ def ours(backend: str) -> Callable[[Problem], Call]:
     return make
 
 
-for backend in ("triton", "torch"):
+for backend in ("triton", "cuda", "torch"):
     CONTENDERS.add(f"attent {backend}")(ours(backend))
 
 

@@ -30,7 +30,7 @@ gpu::SelectTopKPlan plan_of_test(int64_t n, int64_t k, int64_t k_floor, float te
 gpu::SelectTopKArgs arguments(uintptr_t score, int dtype, uintptr_t valid, int64_t n, int64_t k, int64_t k_floor,
                               float temperature, uintptr_t seed, bool sorted, uintptr_t index, uintptr_t chosen_score,
                               uintptr_t inclusion, uintptr_t scratch, uintptr_t tickets, uintptr_t chosen,
-                              uintptr_t code, uintptr_t kind) {
+                              uintptr_t code, uintptr_t kind, bool delayed) {
     return {pointer<const void>(score),
             static_cast<gpu::Dtype>(dtype),
             pointer<const int8_t>(valid),
@@ -47,7 +47,8 @@ gpu::SelectTopKArgs arguments(uintptr_t score, int dtype, uintptr_t valid, int64
             pointer<int32_t>(tickets),
             pointer<int64_t>(chosen),
             pointer<int32_t>(code),
-            pointer<int8_t>(kind)};
+            pointer<int8_t>(kind),
+            delayed};
 }
 
 // call(Score{}) with the type of the dtype.

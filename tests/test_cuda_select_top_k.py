@@ -40,7 +40,17 @@ def on_host(
     def arguments() -> Any:
         addresses = [address(tensor) for tensor in (*outputs, scratch, tickets, chosen, codes, kinds)]
         return module.SelectTopKArgs(
-            scores.data_ptr(), dtype, address(valid), n, k, k_floor, temperature, address(start), sorted, *addresses
+            scores.data_ptr(),
+            dtype,
+            address(valid),
+            n,
+            k,
+            k_floor,
+            temperature,
+            address(start),
+            sorted,
+            *addresses,
+            True,
         )
 
     module.testing.select_top_k(arguments(), how, backwards)
@@ -168,5 +178,5 @@ def test_wrong_arguments_are_refused_and_nothing_is_written() -> None:
     }
     for message, arguments in wrong.items():
         with pytest.raises(ValueError, match=message):
-            module.testing.select_top_k(module.SelectTopKArgs(*arguments), "block", False)
+            module.testing.select_top_k(module.SelectTopKArgs(*arguments, False), "block", False)
     assert index.tolist() == [-7] * 5

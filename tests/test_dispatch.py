@@ -127,7 +127,7 @@ def test_cuda_kernels_that_cannot_run_are_refused_with_the_reason(monkeypatch: p
 def test_a_build_for_other_gpus_is_refused_with_the_reason(
     archs: str, runs_on: list[tuple[int, int]], not_on: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Machine code runs on its major version from its minor one on, with a letter on just that one; PTX on all later."""
+    """Machine code runs on its major version from its minor on, with a letter on just that one; PTX on all later."""
     assert native.module is not None
     monkeypatch.setattr(native.module, "cuda_archs", archs)
     for capability in runs_on:

@@ -65,6 +65,7 @@ struct PassArgs {
     int shift, width;     // the digit of this pass
     int first_shift;      // the lowest bit of the choice by key, for the floor's first pass
     bool is_first, is_last;
+    bool delayed;  // for stress tests: see take_ticket
 };
 
 // Shared memory of a pass: KEYS at least kPassBlocks and 1 for each thread.
@@ -175,7 +176,7 @@ ATTENT_HD bool publish(const Block& block, const PassArgs& args, int program, in
             if (count > 0) atomic_add(args.histogram + bin, count);
         }
     });
-    return take_ticket(args.ticket, programs);
+    return take_ticket(args.ticket, programs, args.delayed);
 }
 
 // The sum of what all blocks left in a slot.

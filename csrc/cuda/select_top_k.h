@@ -38,6 +38,7 @@ struct SelectTopKArgs {
     int64_t* chosen;  // the ranks of the chosen: what is to be sorted between the two launchers
     int32_t* code;
     int8_t* kind;
+    bool delayed;  // for stress tests: see take_ticket
 };
 
 struct SelectTopKPlan {
@@ -169,6 +170,7 @@ inline PassArgs in_passes(const SelectTopKArgs& args, const SelectTopKPlan& plan
     pass.histogram = args.tickets, pass.ticket = args.tickets + kPassBins;
     pass.chosen = args.chosen, pass.index = args.index, pass.chosen_score = args.chosen_score;
     pass.inclusion = args.inclusion, pass.sorted = args.sorted, pass.finish = plan.finished;
+    pass.delayed = args.delayed;
     return pass;
 }
 

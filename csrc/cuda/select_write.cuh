@@ -158,7 +158,7 @@ ATTENT_HD void write_all(const Block& block, const PassArgs& args, int program, 
         });
     }
     if (!args.finish && !finds_runner_up) return;
-    if (!take_ticket(args.ticket, programs)) return;
+    if (!take_ticket(args.ticket, programs, args.delayed)) return;
     if (finds_runner_up) {
         const int64_t found = least(block, args.slots, programs, shared);
         block.phase([&](int thread) {

@@ -1,0 +1,26 @@
+"""What the CUDA kernels' machine code is meant to have: one row for each ``__global__`` function of csrc/cuda.
+
+``every``: instructions that each instance has, on every architecture; ``some``: that at least one has; ``sm_90a``: that
+each has there. The names are those of ``benchmarks.cuda_resources.COUNTED``. No kernel may have a stack.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Kernel(NamedTuple):
+    name: str  # of the __global__ function, without "_kernel"
+    every: tuple[str, ...] = ()
+    some: tuple[str, ...] = ()
+    sm_90a: tuple[str, ...] = ()
+
+
+KERNELS = (
+    # Selection multiplies nothing; scores are read 16 bytes at a time where they are float32.
+    Kernel("select_top_k"),
+    Kernel("select_count", some=("16 bytes",)),
+    Kernel("select_floor", some=("16 bytes",)),
+    Kernel("select_write", some=("16 bytes",)),
+    Kernel("select_outputs"),
+)

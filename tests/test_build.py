@@ -1,0 +1,232 @@
+"""How the native module is built: with which nvcc, for which GPUs; and what a build without one leaves behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load(name: str, file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # its annotations are looked up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def cuda_build() -> ModuleType:
+    if not (ROOT / "tools" / "cuda_build.py").exists():
+        pytest.skip("tools/ is not there: an installed attent, not a checkout")
+    return load("cuda_build", ROOT / "tools" / "cuda_build.py")
+
+
+# -------------------------------------------------------------------------------------------------------- what is asked
+
+
+@pytest.mark.parametrize(
+    ("asked", "archs"),
+    [("", ["80", "90a"]), ("90a;80", ["80", "90a"]), ("120,100, 80", ["80", "100", "120"]), ("90a 90a", ["90a"])],
+)
+def test_architectures_are_a_list_in_any_order(
+    asked: str, archs: list[str], cuda_build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATTENT_CUDA_ARCHS", asked)
+    assert cuda_build.archs() == archs
+
+
+@pytest.mark.parametrize("asked", ["sm_90", "75", "9.0", "native"])
+def test_an_architecture_that_is_none_is_refused(
+    asked: str, cuda_build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATTENT_CUDA_ARCHS", asked)
+    with pytest.raises(SystemExit, match=r"^ATTENT_CUDA_ARCHS: got .*; takes numbers from 80 on"):
+        cuda_build.archs()
+
+
+def test_later_gpus_get_ptx_that_they_can_run(cuda_build: ModuleType) -> None:
+    """compute_90a's would run on nothing but an sm_90."""
+    assert cuda_build.code_flags(["80", "90a"]) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+    assert cuda_build.code_flags(["80", "120"])[-1] == "-gencode=arch=compute_120,code=compute_120"
+
+
+@pytest.mark.parametrize("value", ["yes", "2"])
+def test_a_choice_that_is_none_is_refused(value: str, cuda_build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTENT_CUDA", value)
+    with pytest.raises(SystemExit, match=r"^ATTENT_CUDA: got .*; takes auto .*, 1 .* or 0"):
+        cuda_build.wanted()
+
+
+# ----------------------------------------------------------------------------------------------------------- which nvcc
+
+
+def fake_toolkit(folder: Path, *, files: tuple[str, ...]) -> Path:
+    """An nvcc that says where it is and which it is, and no more; beside it empty files."""
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True, exist_ok=True)
+    nvcc.write_text(f'#!/bin/sh\necho "#$ TOP={folder}" >&2\necho "Cuda compilation tools, release 13.1, V13.1.0"\n')
+    nvcc.chmod(nvcc.stat().st_mode | stat.S_IXUSR)
+    return nvcc
+
+
+COMPLETE = ("include/cuda_runtime.h", "lib64/libcudart_static.a")
+
+
+def test_cuda_home_comes_first_and_decides(
+    cuda_build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc = fake_toolkit(tmp_path / "home", files=COMPLETE)
+    in_path = fake_toolkit(tmp_path / "path", files=COMPLETE)
+    monkeypatch.setenv("PATH", str(in_path.parent), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    found = cuda_build.find_toolkit()
+    assert (found.nvcc, found.version) == (nvcc, "13.1")
+    assert found.library == tmp_path / "home" / "lib64" and found.include == tmp_path / "home" / "include"
+    monkeypatch.delenv("CUDA_HOME")
+    assert cuda_build.find_toolkit().nvcc == in_path
+
+
+def test_pypis_package_is_found(cuda_build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing else is: its folder, and that of the runtime's package, is nvidia/cu13 in site-packages."""
+    nvcc = fake_toolkit(tmp_path / "nvidia" / "cu13", files=("include/cuda_runtime.h", "lib/libcudart_static.a"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert cuda_build.find_toolkit().nvcc == nvcc
+
+
+def test_an_incomplete_toolkit_is_told(cuda_build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    for files, missing in (((), "cuda_runtime.h"), (COMPLETE[:1], "libcudart_static.a")):
+        fake_toolkit(tmp_path, files=files)
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+        with pytest.raises(cuda_build.NoCuda, match=f"{missing} is not in {tmp_path}"):
+            cuda_build.find_toolkit()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
+    with pytest.raises(cuda_build.NoCuda, match=r"no nvcc was found in CUDA_HOME, PATH"):
+        cuda_build.find_toolkit()
+
+
+@pytest.mark.skipif(shutil.which("ninja") is None, reason="there is no ninja")
+def test_a_rebuild_compiles_what_has_changed_and_nothing_else(
+    cuda_build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an "nvcc" that notes what it is called with and copies; a header's dependents follow it."""
+    nvcc = fake_toolkit(tmp_path / "home", files=COMPLETE)
+    nvcc.write_text(
+        nvcc.read_text()
+        + 'case "$*" in *dryrun*|*version*) exit;; esac\n'
+        + 'while [ $# -gt 0 ]; do case "$1" in -c) in="$2";; -o) out="$2";; -MF) dep="$2";; esac; shift; done\n'
+        + f'echo "$in" >> {tmp_path}/called\ncp "$in" "$out"\necho "$out: $in {tmp_path}/csrc/cuda/common.h" > "$dep"\n'
+    )
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    sources = [tmp_path / "csrc" / "cuda" / name for name in ("one.cu", "two.cu", "hopper_sm90.cu", "common.h")]
+    for source in sources:
+        source.parent.mkdir(parents=True, exist_ok=True)
+        source.write_text("a")
+
+    def compiled(archs: str = "80;90a") -> set[str]:
+        (tmp_path / "called").write_text("")
+        monkeypatch.setenv("ATTENT_CUDA_ARCHS", archs)
+        built = cuda_build.build(tmp_path, tmp_path / "build")
+        assert all(Path(path).exists() for path in built.objects)
+        return {Path(line).name for line in (tmp_path / "called").read_text().splitlines()}
+
+    def change(source: Path) -> None:
+        source.write_text("b")
+
+    assert compiled() == {"one.cu", "two.cu", "hopper_sm90.cu"}
+    assert compiled() == set()
+    change(sources[0])
+    assert compiled() == {"one.cu"}
+    change(sources[3])
+    assert compiled() == {"one.cu", "two.cu", "hopper_sm90.cu"}
+    assert compiled("80") == {"one.cu", "two.cu"}  # Hopper's own instructions are left out; kept apart from the others
+    assert compiled() == set()
+
+
+# --------------------------------------------------------------------------------------------------------- whole builds
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """What a build takes, in a folder of its own."""
+    copy = tmp_path / "sources"
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "_native_failure.txt")
+    for name in ("csrc", "tools", "python", "attent_kernels"):
+        shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, copy)
+    return copy
+
+
+def setup(sources: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "setup.py", *command],
+        cwd=sources,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_without_nvcc_the_module_is_the_cpu_part_and_says_why(sources: Path) -> None:
+    nowhere = {"CUDA_HOME": str(sources / "nowhere"), "CUDA_PATH": "", "PYTHONPATH": ""}
+    demanded = setup(sources, "build_ext", ATTENT_CUDA="1", **nowhere)
+    assert demanded.returncode != 0 and "no nvcc was found" in demanded.stderr
+
+    made = setup(sources, "bdist_wheel", ATTENT_NATIVE="1", ATTENT_CUDA="auto", ATTENT_LOCAL_VERSION="cpu", **nowhere)
+    assert made.returncode == 0, made.stderr
+    assert "the CUDA kernels were NOT built: no nvcc was found" in made.stderr
+    (wheel,) = (sources / "dist").glob("*.whl")
+    assert "+cpu-" in wheel.name and "none-any" not in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        (module,) = (name for name in archive.namelist() if name.startswith("attent_kernels/_native."))
+        archive.extract(module, sources / "out")
+    code = "import _native as n; print(n.cuda_absent); print(n.cuda_archs == '', hasattr(n, 'select_top_k'))"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=sources / "out" / "attent_kernels", capture_output=True, text=True
+    )
+    assert shown.stdout.splitlines() == [
+        "no nvcc was found in CUDA_HOME, PATH, /usr/local/cuda or PyPI's nvidia-cuda-nvcc", "True False"
+    ], shown.stderr  # fmt: skip
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_wheel_is_pure_and_holds_the_reason(sources: Path) -> None:
+    made = setup(sources, "bdist_wheel", CC="/bin/false", CXX="/bin/false", ATTENT_NATIVE="", ATTENT_CUDA="0")
+    assert made.returncode == 0 and "the native CPU module was NOT built" in made.stderr, made.stderr
+    (wheel,) = (sources / "dist").glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert b"/bin/false" in archive.read("attent_kernels/_native_failure.txt")
+        assert "attent/__init__.py" in archive.namelist()
+        (tags,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("/WHEEL"))
+    assert "Root-Is-Purelib: true" in tags
+
+
+def test_another_pythons_headers_have_to_be_there(sources: Path) -> None:
+    for asked in ("3.12:/nowhere", "3.12", "312:/usr/include"):
+        refused = setup(sources, "--version", ATTENT_FOR_PYTHON=asked)
+        assert refused.returncode != 0 and "ATTENT_FOR_PYTHON: got" in refused.stderr
