@@ -7,7 +7,6 @@ T for a target, T × BLOCK_DV for a mean, T × S × BLOCK_M (BLOCK_DV + 2) with 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from .. import autotune, runtime, selection
 from . import configurations

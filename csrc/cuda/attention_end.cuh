@@ -46,17 +46,19 @@ __device__ __forceinline__ float square_residual(const Found<C>& found, int row_
     using T = typename C::T;
     wait_for_copies<0>();
     __syncwarp();  // the other lanes' copies too
-    const int lane_bytes = static_cast<int>(threadIdx.x) % 4 * 4;
+    const SharedAddress first =
+        query_tile<C>() + offset_in_tile<C::WIDTH>(row_of_tile, 0) + static_cast<int>(threadIdx.x) % 4 * 4;
     float square = 0.0f;
 #pragma unroll
     for (int m = 0; m < C::ROW_TILES; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = row_of_tile + 16 * m + 8 * half;
+            const SharedAddress start = first + (16 * m + 8 * half) * (C::WIDTH * 2);
             float of_row = 0.0f;
 #pragma unroll
             for (int n = 0; n < C::WIDTH / 8; ++n) {  // columns from value_width on are 0 there as in the output
-                const uint32_t y = load_shared_4(query_tile<C>() + offset_in_tile<C::WIDTH>(row, n) + lane_bytes);
+                const uint32_t y = load_shared_4(moved<C::WIDTH>(start, 0, n));
                 const float low = found.output[m][n][2 * half] - low_of<T>(y);
                 const float high = found.output[m][n][2 * half + 1] - high_of<T>(y);
                 of_row += low * low + high * high;
@@ -101,6 +103,7 @@ __device__ __forceinline__ void store_column_sums(const Found<C>& found, float* 
 template <typename C>
 __device__ __forceinline__ SharedAddress stage_rows(const Found<C>& found, int warp_row, const Lane& at) {
     const SharedAddress staged = query_tile<C>() + warp_row * C::WIDTH * 2;
+    const SharedAddress own = staged + offset_in_tile<C::WIDTH>(at.row, 0) + at.column * 2;
     __syncwarp();  // all lanes have read what lies there
 #pragma unroll
     for (int m = 0; m < C::ROW_TILES; ++m) {
@@ -109,8 +112,7 @@ __device__ __forceinline__ SharedAddress stage_rows(const Found<C>& found, int w
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const float* two = &found.output[m][n][2 * half];
-                store_shared_4(staged + offset_in_tile<C::WIDTH>(at.row + 16 * m + 8 * half, n) + at.column * 2,
-                               pack<typename C::T>(two[0], two[1]));
+                store_shared_4(moved<C::WIDTH>(own, 16 * m + 8 * half, n), pack<typename C::T>(two[0], two[1]));
             }
         }
     }

@@ -49,6 +49,7 @@ template <typename C>
 __device__ __forceinline__ SharedAddress query_tile() {
     return shared_address(dynamic_shared());
 }
+// Slots start at multiples of 128 bytes, so that an address in a slot is the slot's plus one in the first.
 template <typename C>
 __device__ __forceinline__ SharedAddress ring_slot(int item) {
     return query_tile<C>() + C::SHAPE.query_bytes() + item % C::SLOTS * C::SHAPE.slot_bytes();
@@ -78,7 +79,7 @@ __device__ __forceinline__ KeyTiles key_tiles(const ScoredAttention& a, const Un
     return tiles;
 }
 
-// What the loop keeps in registers of what the block works on.
+// What the loop looks at of what the block works on. In shared memory, where it takes no registers.
 template <typename T>
 struct KeySource {
     const T* key;  // the example's first, of the head
@@ -110,10 +111,10 @@ __device__ __forceinline__ void copy_item(const ScoredAttention& a, const KeySou
     commit_copies();
 }
 
-// S = Q K^T of this warp's rows and keys.
+// S = Q K^T of this warp's rows and keys, from where the lane reads its first queries and keys.
 template <typename C>
-__device__ __forceinline__ void multiply_keys(float (&s)[C::ROW_TILES][C::WARP_KEYS / 8][4], SharedAddress keys,
-                                              int warp_row, int warp_key, int lane) {
+__device__ __forceinline__ void multiply_keys(float (&s)[C::ROW_TILES][C::WARP_KEYS / 8][4], SharedAddress queries,
+                                              SharedAddress keys) {
 #pragma unroll
     for (int m = 0; m < C::ROW_TILES; ++m) {
 #pragma unroll
@@ -124,12 +125,12 @@ __device__ __forceinline__ void multiply_keys(float (&s)[C::ROW_TILES][C::WARP_K
         uint32_t query[C::ROW_TILES][4];
 #pragma unroll
         for (int m = 0; m < C::ROW_TILES; ++m) {
-            load_a<C::WIDTH>(query[m], query_tile<C>(), warp_row + 16 * m, step, lane);
+            ldmatrix(query[m], moved<C::WIDTH>(queries, 16 * m, 2 * step));
         }
 #pragma unroll
         for (int pair = 0; pair < C::WARP_KEYS / 16; ++pair) {
             uint32_t key[4];
-            load_b_of_rows<C::WIDTH>(key, keys, warp_key + 16 * pair, step, lane);
+            ldmatrix(key, moved<C::WIDTH>(keys, 16 * pair, 2 * step));
             const uint32_t first[2] = {key[0], key[1]}, second[2] = {key[2], key[3]};
 #pragma unroll
             for (int m = 0; m < C::ROW_TILES; ++m) {
@@ -140,10 +141,10 @@ __device__ __forceinline__ void multiply_keys(float (&s)[C::ROW_TILES][C::WARP_K
     }
 }
 
-// O += P V; P is s, rounded.
+// O += P V, from where the lane reads its first values; P is s, rounded.
 template <typename C>
 __device__ __forceinline__ void multiply_values(Found<C>& found, const float (&s)[C::ROW_TILES][C::WARP_KEYS / 8][4],
-                                                SharedAddress values, int warp_key, int lane) {
+                                                SharedAddress values) {
     using T = typename C::T;
 #pragma unroll
     for (int step = 0; step < C::WARP_KEYS / 16; ++step) {
@@ -158,7 +159,7 @@ __device__ __forceinline__ void multiply_values(Found<C>& found, const float (&s
 #pragma unroll
         for (int pair = 0; pair < C::WIDTH / 16; ++pair) {
             uint32_t value[4];
-            load_b<C::WIDTH>(value, values, warp_key + 16 * step, pair, lane);
+            ldmatrix_transposed(value, moved<C::WIDTH>(values, 16 * step, 2 * pair));
             const uint32_t first[2] = {value[0], value[1]}, second[2] = {value[2], value[3]};
 #pragma unroll
             for (int m = 0; m < C::ROW_TILES; ++m) {
@@ -263,18 +264,17 @@ __device__ __forceinline__ void copy_target(const ScoredAttention& a, const Unit
     __syncwarp();  // all lanes have read the queries
     const int first = unit.first_row + warp_row;
     const T* start = row_of<T>(a.target, unit.example, unit.head, static_cast<int64_t>(unit.queries.first) + first);
-    copy_tile_async<T, C::WARP_ROWS, C::WIDTH, 32>(query_tile<C>() + warp_row * C::WIDTH * 2, start, a.target.row,
-                                                   unit.end_row - first, a.sizes.value_width, lane);
+    copy_tile_async<T, C::WARP_ROWS, C::WIDTH, 32, 1>(query_tile<C>() + warp_row * C::WIDTH * 2, start, a.target.row,
+                                                      unit.end_row - first, a.sizes.value_width, lane);
     commit_copies();
 }
 
-// What this warp finds of its rows and its part of the keys; sums are of whole rows. `unit` is in shared memory, where it
-// takes no registers from the loop.
+// What this warp finds of its rows and its part of the keys; sums are of whole rows. `unit` and `source` are in shared
+// memory.
 template <typename C>
-__device__ __forceinline__ void attend(Found<C>& found, const ScoredAttention& a, const Unit& unit, int splits,
-                                       const Lane& at) {
+__device__ __forceinline__ void attend(Found<C>& found, const ScoredAttention& a, const Unit& unit,
+                                       const KeySource<typename C::T>& source, const Lane& at) {
     using T = typename C::T;
-    const KeySource<T> source = key_source<C>(a, unit, splits);
     const int warp_row = at.warp % C::ROW_WARPS * C::WARP_ROWS, warp_key = at.warp / C::ROW_WARPS * C::WARP_KEYS;
 #pragma unroll
     for (int m = 0; m < C::ROW_TILES; ++m) {
@@ -296,6 +296,9 @@ __device__ __forceinline__ void attend(Found<C>& found, const ScoredAttention& a
     for (int item = 0; item < C::SLOTS - 1; ++item) copy_item<C>(a, source, item, at.thread);
 
     const int first_row = unit.first_row + warp_row + at.row;
+    SharedAddress own_queries = start_of_a<C::WIDTH>(query_tile<C>(), warp_row, at.lane);
+    SharedAddress own_keys = start_of_b_of_rows<C::WIDTH>(0, warp_key, at.lane);
+    SharedAddress own_values = start_of_b<C::WIDTH>(0, warp_key, at.lane);
 #pragma unroll 1
     for (int tile = 0; tile < source.tiles.count; ++tile) {
         const int first_key = source.tiles.low + tile * C::BLOCK_N;
@@ -304,7 +307,9 @@ __device__ __forceinline__ void attend(Found<C>& found, const ScoredAttention& a
         __syncthreads();
         copy_item<C>(a, source, 2 * tile + C::SLOTS - 1, at.thread);
         float s[C::ROW_TILES][C::WARP_KEYS / 8][4];
-        multiply_keys<C>(s, ring_slot<C>(2 * tile), warp_row, warp_key, at.lane);
+        compute_from_here(own_queries);
+        compute_from_here(own_keys);
+        multiply_keys<C>(s, own_queries, ring_slot<C>(2 * tile) + own_keys);
 
         const bool is_masked = first_key < source.tiles.inner_low || first_key + C::BLOCK_N > source.tiles.inner_high;
         const float factor =
@@ -316,7 +321,8 @@ __device__ __forceinline__ void attend(Found<C>& found, const ScoredAttention& a
         __syncthreads();
         if (!C::FEW && tile == source.tiles.count - 1) copy_target<C>(a, unit, warp_row, at.lane);
         copy_item<C>(a, source, 2 * tile + C::SLOTS, at.thread);
-        multiply_values<C>(found, s, ring_slot<C>(2 * tile + 1), warp_key, at.lane);
+        compute_from_here(own_values);
+        multiply_values<C>(found, s, ring_slot<C>(2 * tile + 1) + own_values);
     }
     if (source.tiles.count == 0) {
         wait_for_copies<0>();  // the queries are on their way to where other things are put next

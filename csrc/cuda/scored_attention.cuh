@@ -27,8 +27,7 @@ namespace attent::gpu {
 
 constexpr int SELECT_KEYS = 1024;  // that are sorted in shared memory at a time: 16 KB with the rest of SelectShared
 
-// A group's readout and the choice, behind the tickets of everything else. Not inlined: it runs once or a few times in a
-// launch, and would cost the loop registers.
+// An example's loss and score, a group's readout, the choice: by whoever is the last of each.
 template <typename C>
 __device__ __forceinline__ void end_of_example(const ScoredAttention& a, const Unit& unit, int groups, const Lane& at) {
     // Tickets: of all, of groups, of examples, of tiles.
@@ -61,15 +60,19 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     scored_attention_kernel(const __grid_constant__ ScoredAttention a, int tiles, int splits) {
     const Lane at = this_lane();
     __shared__ Unit unit;
+    __shared__ KeySource<typename C::T> source;
     if (at.warp == 0) {
         const Unit found = find_unit(a, blockIdx.x, tiles, splits, C::BLOCK_M, at.lane);
-        if (at.lane == 0) unit = found;
+        if (at.lane == 0) {
+            unit = found;
+            source = key_source<C>(a, found, splits);
+        }
     }
-    __syncthreads();                                                   // the unit is there; it does not change any more
+    __syncthreads();                                                   // both are there; they do not change any more
     if (a.sizes.is_packed && unit.own_tile >= unit.own_tiles) return;  // nobody's
     const int groups = (a.sizes.examples + GROUP - 1) / GROUP;
     Found<C> found;
-    attend<C>(found, a, unit, splits, at);
+    attend<C>(found, a, unit, source, at);
     if constexpr (C::KEY_WARPS > 1) {
         int* tile_tickets = a.workspace.tickets + 1 + groups + a.sizes.examples;
         if (!fold_keys<C>(found, a, unit, splits, tile_tickets, at)) return;

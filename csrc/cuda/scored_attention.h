@@ -145,11 +145,11 @@ constexpr int part_floats(int width) {
     return 32 + 16 * part_pitch(width);
 }
 
-// Numbers behind the choice, for a warp of R rows, N keys and width D. Registers a thread: R D / 32 + R N / 32 float32
+// Not yet timed on a GPU. Numbers behind the choice, for a warp of R rows, N keys and width D. Registers a thread: R D / 32 + R N / 32 float32
 // accumulators, + 60 or so, of 255. Each tile of keys that is read from shared memory serves R rows: with 16 the reads
 // take as long as the products (16 FLOPs a byte: an A100 multiplies 2048 FLOPs and reads 128 bytes a cycle), with 32
 // half as long; from 192 on registers allow 16 only. Shared memory: 99 KB fit every GPU from sm_80 on; up to 64 wide
-// three blocks, up to 128 wide two share an A100's processor. Few queries: what counts is bytes in flight, 64 KB a block.
+// three blocks, up to 128 wide two share an A100's processor. With 64 keys, 128 wide, registers spill. Few queries: what counts is bytes in flight, 64 KB a block.
 constexpr TileShape tile_shape(int width, bool few) {
     if (few) {
         const int column = width <= 64 ? 64 : width <= 128 ? 128 : 256;
@@ -157,7 +157,7 @@ constexpr TileShape tile_shape(int width, bool few) {
     }
     if (width <= 64) return TileShape{64, 2, 4, 1, 64, 3};
     if (width <= 96) return TileShape{96, 2, 4, 1, 64, 3};
-    if (width <= 128) return TileShape{128, 2, 4, 1, 64, 2};
+    if (width <= 128) return TileShape{128, 2, 4, 1, 48, 2};
     if (width <= 192) return TileShape{192, 1, 8, 1, 64, 2};
     return TileShape{256, 1, 8, 1, 32, 2};
 }

@@ -169,7 +169,8 @@ __device__ __forceinline__ void store_shared_4(SharedAddress address, uint32_t v
 
 // Start to copy a tile of rows: rows [0, rows) and columns [0, width) of what begins at `from`, rows `stride` numbers
 // apart and each at a multiple of 16 bytes; 0 elsewhere. Called by THREADS threads, of which this is the `thread`-th.
-template <typename T, int ROWS, int WIDTH, int THREADS>
+// UNROLL: how many rows' addresses it may hold in registers together.
+template <typename T, int ROWS, int WIDTH, int THREADS, int UNROLL = ROWS>
 __device__ __forceinline__ void copy_tile_async(SharedAddress tile, const T* from, int64_t stride, int rows, int width,
                                                 int thread) {
     // Threads side by side take chunks side by side. Of 12 or 24 chunks a thread takes every third part, so that its
@@ -177,7 +178,7 @@ __device__ __forceinline__ void copy_tile_async(SharedAddress tile, const T* fro
     constexpr int CHUNKS = WIDTH / CHUNK, A_ROW = CHUNKS % 3 == 0 ? CHUNKS / 3 : CHUNKS, AT_ONCE = THREADS / A_ROW;
     static_assert(THREADS % A_ROW == 0 && ROWS % AT_ONCE == 0, "threads share the tile evenly");
     const int row = thread / A_ROW, column = thread % A_ROW;
-#pragma unroll
+#pragma unroll UNROLL
     for (int i = 0; i < ROWS; i += AT_ONCE) {
         const bool is_inside = row + i < rows;
         const T* start = from + (is_inside ? (row + i) * stride : 0);
@@ -190,23 +191,77 @@ __device__ __forceinline__ void copy_tile_async(SharedAddress tile, const T* fro
     }
 }
 
-// A[16, 16] of a product: rows from `row` on, k from 16 `step` on.
+// From the address of a chunk to that of another one, `rows` (a multiple of 8) below and `chunks` on. `start` is of a
+// chunk whose number has no bit in common with `chunks`, in a tile at a multiple of 128 bytes. With constants that is one
+// instruction, where offset_in_tile takes several; and a loop around it needs one register for all of a lane's addresses.
+template <int WIDTH>
+__host__ __device__ constexpr SharedAddress moved(SharedAddress start, int rows, int chunks) {
+    constexpr int GROUP_CHUNKS = WIDTH % 64 == 0 ? 8 : 4;
+    return (start ^ static_cast<SharedAddress>(chunks % GROUP_CHUNKS * CHUNK_BYTES)) +
+           static_cast<SharedAddress>(rows * (WIDTH * 2) + chunks / GROUP_CHUNKS * (GROUP_CHUNKS * CHUNK_BYTES));
+}
+
+template <int WIDTH>
+constexpr bool moves_as_it_lies() {
+    for (int row = 0; row < 8; ++row) {
+        for (int rows = 0; rows <= 16; rows += 8) {
+            for (int chunk = 0; chunk < WIDTH / CHUNK; ++chunk) {
+                for (int first = 0; first < 2; ++first) {  // from chunk 0 to any, from chunk 1 to odd ones
+                    if (first == 1 && chunk % 2 == 0) continue;
+                    const auto start = static_cast<SharedAddress>(offset_in_tile<WIDTH>(row, first));
+                    const auto wanted = static_cast<SharedAddress>(offset_in_tile<WIDTH>(row + rows, chunk));
+                    if (moved<WIDTH>(start, rows, chunk - first) != wanted) return false;
+                }
+            }
+        }
+    }
+    return true;
+}
+static_assert(moves_as_it_lies<64>() && moves_as_it_lies<96>() && moves_as_it_lies<128>());
+static_assert(moves_as_it_lies<192>() && moves_as_it_lies<256>());
+
+// Keep the compiler from computing what follows from `address` before this point, that is, outside of a loop: it would
+// rather hold dozens of addresses in registers than compute them again.
+__device__ __forceinline__ void compute_from_here(SharedAddress& address) {
+#ifdef ATTENT_EMULATE
+    (void)address;
+#else
+    asm volatile("" : "+r"(address));
+#endif
+}
+
+// Where a lane reads a fragment of a tile from, the first of each kind; `moved` leads to the others.
+//
+// A[16, 16] of a product: rows from `row` on, k from 0 on. The next 16 k: 2 chunks on.
+template <int WIDTH>
+__device__ __forceinline__ SharedAddress start_of_a(SharedAddress tile, int row, int lane) {
+    return tile + offset_in_tile<WIDTH>(row + lane % 16, lane / 16);
+}
+// Two B[16, 8] side by side of a product with the tile's transpose: columns are the tile's rows from `row` on, k are its
+// columns. b[0..1] are the first's, b[2..3] the second's. The next 16 k: 2 chunks on.
+template <int WIDTH>
+__device__ __forceinline__ SharedAddress start_of_b_of_rows(SharedAddress tile, int row, int lane) {
+    return tile + offset_in_tile<WIDTH>(row + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+}
+// The same of a product with the tile itself: k are its rows from `row` on. The next 16 columns: 2 chunks on; read with
+// ldmatrix_transposed.
+template <int WIDTH>
+__device__ __forceinline__ SharedAddress start_of_b(SharedAddress tile, int row, int lane) {
+    return tile + offset_in_tile<WIDTH>(row + lane % 16, lane / 16);
+}
+
+// The same in one: A from `row` and 16 `step` on, two B from `row` and 16 `step`, or 16 `pair`, on.
 template <int WIDTH>
 __device__ __forceinline__ void load_a(uint32_t (&a)[4], SharedAddress tile, int row, int step, int lane) {
-    ldmatrix(a, tile + offset_in_tile<WIDTH>(row + lane % 16, 2 * step + lane / 16));
+    ldmatrix(a, moved<WIDTH>(start_of_a<WIDTH>(tile, row, lane), 0, 2 * step));
 }
-
-// Two B[16, 8] side by side of a product with the tile's transpose: columns are the tile's rows from `row` on, k are its
-// columns from 16 `step` on. b[0..1] are the first's, b[2..3] the second's.
 template <int WIDTH>
 __device__ __forceinline__ void load_b_of_rows(uint32_t (&b)[4], SharedAddress tile, int row, int step, int lane) {
-    ldmatrix(b, tile + offset_in_tile<WIDTH>(row + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+    ldmatrix(b, moved<WIDTH>(start_of_b_of_rows<WIDTH>(tile, row, lane), 0, 2 * step));
 }
-
-// The same of a product with the tile itself: k are its rows from `row` on, columns are its columns from 16 `pair` on.
 template <int WIDTH>
 __device__ __forceinline__ void load_b(uint32_t (&b)[4], SharedAddress tile, int row, int pair, int lane) {
-    ldmatrix_transposed(b, tile + offset_in_tile<WIDTH>(row + lane % 16, 2 * pair + lane / 16));
+    ldmatrix_transposed(b, moved<WIDTH>(start_of_b<WIDTH>(tile, row, lane), 0, 2 * pair));
 }
 
 }  // namespace attent::gpu

@@ -22,8 +22,8 @@ from .._checks import (
 )
 from ..philox import seed_tensor
 from ..selection import Selection
-from . import torch_scored_attention as torch_scored_attention  # registers the torch backend
 from . import cuda_scored_attention as cuda_scored_attention  # registers the CUDA C++ backend
+from . import torch_scored_attention as torch_scored_attention  # registers the torch backend
 from . import triton_attention_backward as triton_attention_backward  # registers the Triton backend's gradients
 from . import triton_scored_attention as triton_scored_attention  # registers the Triton backend
 from .scored_attention_op import Problem, Scoring, run
