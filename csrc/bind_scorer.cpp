@@ -84,11 +84,11 @@ ScorerKernel kernel_of(const std::string& name) {
 }
 
 py::dict tiles(const std::string& kernel, bool smoothed, bool capped) {
-    const Sums sums = smoothed ? Sums::spread : capped ? Sums::capped : Sums::plain;
-    const ScorerTiles of = scorer_tiles(kernel_of(kernel), sums);
+    const ScorerKernel which = kernel_of(kernel);
+    const ScorerTiles of = scorer_tiles(which, sums_of(which, smoothed, capped));
     return py::dict(py::arg("rows") = of.rows, py::arg("classes") = of.classes, py::arg("width") = of.width,
                     py::arg("threads") = of.threads, py::arg("stages") = of.stages, py::arg("resident") = of.resident,
-                    py::arg("shared_bytes") = of.shared_bytes);
+                    py::arg("shared_bytes") = of.shared_bytes, py::arg("kept") = of.kept);
 }
 
 py::dict plan(const std::string& kernel, const ScorerArgs& args, int processors) {

@@ -15,7 +15,14 @@ bool has_whole_chunks(const void* data, int64_t column) {
 
 template <typename Tiles>
 ScorerTiles described(Sums sums) {
-    return {Tiles::BM, Tiles::BN, Tiles::BK, Tiles::THREADS, Tiles::STAGES, Tiles::RESIDENT, Tiles::shared_bytes(sums)};
+    return {Tiles::BM,
+            Tiles::BN,
+            Tiles::BK,
+            Tiles::THREADS,
+            Tiles::STAGES,
+            Tiles::RESIDENT,
+            Tiles::shared_bytes(sums),
+            kept_numbers(sums)};
 }
 
 }  // namespace
@@ -71,7 +78,7 @@ Status check_scorer(const ScorerArgs& args) {
 }
 
 ScorerPlan plan_scorer(ScorerKernel kernel, const ScorerArgs& args, int processors) {
-    const ScorerTiles tiles = scorer_tiles(kernel, sums_of(args));
+    const ScorerTiles tiles = scorer_tiles(kernel, sums_of(kernel, args));
     const int64_t capacity = static_cast<int64_t>(args.row_tiles) * tiles.rows;
     const int64_t items = static_cast<int64_t>(args.row_tiles) * args.groups;
     ScorerPlan plan{};
@@ -81,7 +88,7 @@ ScorerPlan plan_scorer(ScorerKernel kernel, const ScorerArgs& args, int processo
     plan.shared_bytes = tiles.shared_bytes;
     plan.tickets = args.row_tiles + args.blocks + 1;
     const int64_t a_token = 4 + (args.token_share != nullptr) + 2 * (args.head != nullptr);
-    plan.scratch_floats = (kept_numbers(sums_of(args)) * args.groups + a_token) * capacity + 2 * args.blocks;
+    plan.scratch_floats = (tiles.kept * args.groups + a_token) * capacity + 2 * args.blocks;
     return plan;
 }
 

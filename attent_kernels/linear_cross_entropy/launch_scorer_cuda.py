@@ -28,11 +28,13 @@ _PER_EXAMPLE = {"mean": 0, "sum": 1, "rms": 2}
 
 
 @lru_cache(maxsize=64)
-def _tiles(module: Any, kernel: str, smoothed: bool, capped: bool) -> Configuration:
+def _tiles(module: Any, kernel: str, smoothed: bool, capped: bool) -> tuple[Configuration, int]:
+    """A kernel's tiles, and how many numbers it keeps of each token and group of vocabulary tiles."""
     of = module.scorer_tiles(kernel, smoothed, capped)
-    return Configuration(
+    tiles = Configuration(
         of["rows"], of["classes"], of["width"], of["threads"] // 32, of["stages"], of["resident"], False
     )
+    return tiles, of["kept"]
 
 
 def kernels_of(device: torch.device) -> tuple[str, ...]:
@@ -83,9 +85,8 @@ def score_tokens(
     targets = token_rows(target[..., None])
     hidden = token_rows(input)
     for kernel in kernels_of(device):
-        tiles = _tiles(module, kernel, label_smoothing > 0, softcap is not None)
+        tiles, kept = _tiles(module, kernel, label_smoothing > 0, softcap is not None)
         row_tiles = max(1, -(-tokens // tiles.rows))
-        kept = 7 if label_smoothing > 0 else 3
         parts = cut(row_tiles, classes, width, input.element_size(), kept, processors(device), tiles)
         block_examples, _ = block_of_examples(tokens, tokens_each, batch, cu_seqlens is not None, tiles.rows)
         blocks = -(-batch // block_examples)

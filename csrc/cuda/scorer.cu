@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(Portable::THREADS, Portable::RESIDENT)
 
 template <typename T>
 Status launch_for(const ScorerArgs& args, int processors, cudaStream_t stream) {
-    const Sums sums = sums_of(args);
+    const Sums sums = sums_of(ScorerKernel::portable, args);
     const auto kernel = sums == Sums::plain    ? portable_scorer_kernel<T, Sums::plain>
                         : sums == Sums::capped ? portable_scorer_kernel<T, Sums::capped>
                                                : portable_scorer_kernel<T, Sums::spread>;

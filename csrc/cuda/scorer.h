@@ -94,17 +94,22 @@ struct ScorerArgs {
 /// Which sums a pass keeps of each token: the header of scorer/online.cuh.
 enum class Sums : int { plain, capped, spread };
 
-inline Sums sums_of(const ScorerArgs& args) {
-    if (args.label_smoothing > 0) return Sums::spread;
-    return args.softcap > 0 ? Sums::capped : Sums::plain;
-}
-
 constexpr int kept_numbers(Sums sums) {
     return sums == Sums::spread ? 7 : 3;
 }
 
 /// The two kernels: mma.sync and cp.async (sm_80 and up), and TMA and wgmma (sm_90a).
 enum class ScorerKernel : int { portable, hopper };
+
+/// Which of its instances a kernel runs. The Hopper kernel has none for a softcap alone, which would spill registers: the
+/// one for smoothing, of 0, computes the same, a few instructions a logit more.
+inline Sums sums_of(ScorerKernel kernel, bool is_smoothed, bool is_capped) {
+    if (is_smoothed || (is_capped && kernel == ScorerKernel::hopper)) return Sums::spread;
+    return is_capped ? Sums::capped : Sums::plain;
+}
+inline Sums sums_of(ScorerKernel kernel, const ScorerArgs& args) {
+    return sums_of(kernel, args.label_smoothing > 0, args.softcap > 0);
+}
 
 /// A kernel's tiles, for who cuts the work.
 struct ScorerTiles {
@@ -113,6 +118,7 @@ struct ScorerTiles {
     int stages;
     int resident;  // blocks of threads that a multiprocessor holds
     int shared_bytes;
+    int kept;  // numbers of each token and group of vocabulary tiles
 };
 ScorerTiles scorer_tiles(ScorerKernel kernel, Sums sums);
 

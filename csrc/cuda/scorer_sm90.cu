@@ -28,10 +28,8 @@ Status launch_for(const ScorerArgs& args, int processors, cudaStream_t stream) {
                                              hidden_row_stride(args), Hopper::BM));
     ATTENT_RETURN_UNLESS_OK(
         hopper::make_map(&weight, args.weight, IS_BFLOAT16, args.classes, args.width, args.weight_row, Hopper::BN));
-    const Sums sums = sums_of(args);
-    const auto kernel = sums == Sums::plain    ? hopper_scorer_kernel<T, Sums::plain>
-                        : sums == Sums::capped ? hopper_scorer_kernel<T, Sums::capped>
-                                               : hopper_scorer_kernel<T, Sums::spread>;
+    const bool is_plain = sums_of(ScorerKernel::hopper, args) == Sums::plain;
+    const auto kernel = is_plain ? hopper_scorer_kernel<T, Sums::plain> : hopper_scorer_kernel<T, Sums::spread>;
     const ScorerPlan plan = plan_scorer(ScorerKernel::hopper, args, processors);
     LaunchShape shape;
     shape.grid = dim3(static_cast<unsigned>(plan.grid));

@@ -68,9 +68,9 @@ __device__ void choose(const ScorerArgs& args, const Team& team, unsigned char* 
     if (args.choice.index == nullptr) return;
     using Shared = SelectShared<1024>;
     static_assert(sizeof(Shared) <= 48 << 10 && Team::threads() * 4 <= 1024);
-    const SelectArgs<float> choice{args.choice.score,    args.valid,          args.batch,
-                                   args.choice.k,        args.choice.k_floor, args.choice.temperature,
-                                   args.choice.seed,     args.choice.index,   args.choice.chosen_score,
+    const SelectArgs<float> choice{args.choice.score,     args.valid,          args.batch,
+                                   args.choice.k,         args.choice.k_floor, args.choice.temperature,
+                                   args.choice.seed,      args.choice.index,   args.choice.chosen_score,
                                    args.choice.inclusion, args.selection};
     team.sync();  // the folds' use of the memory is over
     select_in_block(Team::block(), choice, *reinterpret_cast<Shared*>(stages));

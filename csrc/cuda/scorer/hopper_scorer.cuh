@@ -107,7 +107,7 @@ template <typename T, Sums SUMS>
 __device__ __forceinline__ void consume(const ScorerArgs& args, const HopperShared& shared, Ring& ring,
                                         const Item& item, int tiles, const int* labels, All (&all)[2]) {
     // Logits of a row summed up at a time; those that come with a slope and a mass take more registers.
-    constexpr int AT_A_TIME = SUMS == Sums::capped ? 8 : 16;
+    constexpr int AT_A_TIME = 16;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
     const int group_row = thread / 128 * 64, warp_row = thread / 32 * 16 + lane / 4;  // in the tile
     const int steps = steps_of_tile(args);
