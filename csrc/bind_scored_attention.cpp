@@ -30,8 +30,8 @@ using ClassifierTuple =
 using ResultsTuple = std::tuple<RowsTuple, uintptr_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t>;
 // Index; score; inclusion; seed; scratch; k; k_floor; temperature.
 using ChoiceTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int, int, float>;
-// Tickets; slots; split slots.
-using WorkspaceTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t>;
+// Tickets; slots; split slots; whether blocks are delayed before tickets.
+using WorkspaceTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, bool>;
 
 gpu::AttentionSizes sizes_of(const SizesTuple& t) {
     const auto& [examples, heads, sharing, rows, keys, width, value_width, packed, only, target, pool, processors] = t;
@@ -104,7 +104,7 @@ void scored_attention(const SizesTuple& sizes, int dtype, const RowsTuple& query
     a.results = results_of(results);
     a.choice = choice_of(choice);
     a.workspace = {pointer<int>(std::get<0>(workspace)), pointer<float>(std::get<1>(workspace)),
-                   pointer<float>(std::get<2>(workspace))};
+                   pointer<float>(std::get<2>(workspace)), std::get<3>(workspace)};
     raise_unless_ok(gpu::launch_scored_attention(a, stream_of(stream)));
 }
 #endif

@@ -35,13 +35,12 @@ HALF = (torch.float16, torch.bfloat16)
 @pytest.fixture(autouse=True)
 def on_the_cpu() -> Iterator[Any]:
     """The emulated module in the launcher's place, scratch memory all NaN; all tickets are 0 afterwards."""
-    from attent_kernels import runtime
-    from attent_kernels.attention import launch_cuda
+    from attent_kernels import native, runtime
 
     module = emulated.module()
     runtime.poison_workspaces()
     chosen = mock.patch.object(scored_attention_op.dispatch, "choose", lambda op, *_: BACKENDS.get(op, "torch"))
-    with mock.patch.object(launch_cuda, "native", lambda: module), chosen:
+    with mock.patch.object(native, "module", module), chosen:
         yield module
     module.set_schedule(0)
     assert runtime.open_tickets() == 0

@@ -13,7 +13,7 @@ from attent_kernels.attention import backward
 
 def compiled(capability: int, dtype: torch.dtype, width: int, rows: int = 1024, **options: Any) -> list[Any]:
     """What a call with 8 query heads on 4 key heads, 1,024 keys, would launch; the preparation left out."""
-    from attent_kernels.attention.launch import Attention
+    from attent_kernels.attention.records import Attention
     from benchmarks.ahead_of_time import compiled_for
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:

@@ -6,14 +6,12 @@ tensors are the caller's, alive until this returns, and their memory is of the c
 
 from __future__ import annotations
 
-import functools
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import runtime
+from .. import native, runtime
 from .layout import rows_of
 from .records import Attention, Into, Loss, TopK
 
@@ -23,28 +21,8 @@ POOLS = {"mean": 0, "first": 1, "last": 2}
 SCORES = {None: 0, "loss": 1, "residual": 2, "logit": 3, "head": 4}
 PER_EXAMPLE = {"sum": 0, "mean": 1, "rms": 2}
 
-#: The widest of D and Dv.
-MAX_WIDTH = 256
-
 #: A window's side beyond which no tensor reaches; sums of it and a row number stay within 32 bits.
 _FAR = 1 << 30
-
-
-@functools.cache
-def native() -> Any:
-    """The native module, loaded once."""
-    return importlib.import_module("attent_kernels._native")
-
-
-def unaligned(tensor: Tensor) -> str | None:
-    """Why rows of ``tensor`` cannot be copied 16 bytes at a time; None if they can."""
-    rows = rows_of(tensor)
-    if rows.column != 1 and tensor.shape[-1] > 1:
-        return f"its columns are {rows.column} numbers apart, not side by side"
-    step = 16 // tensor.element_size()
-    if tensor.data_ptr() % 16 != 0 or any(stride % step for stride in (rows.example, rows.head, rows.row)):
-        return f"its rows do not all start at multiples of 16 bytes (strides {tuple(tensor.stride())})"
-    return None
 
 
 def scored_attention(
@@ -58,7 +36,8 @@ def scored_attention(
         return
     rows, keys = query.shape[0 if packed else 2], key.shape[0 if packed else 2]
     heads = query.shape[1]
-    module = native()
+    module = native.module
+    assert module is not None  # else the backend is not available
     sizes = (
         batch, heads, heads // key.shape[1], rows, keys, query.shape[-1], value.shape[-1], packed, only_pooled_row,
         loss.target is not None, POOLS[loss.pool], runtime.processors(device),
@@ -90,7 +69,7 @@ def scored_attention(
                 _rows(into.output if store else None), _address(logsumexp), of_example, of_head,
                 into.losses.data_ptr(), 0 if loss.score is None else into.scores.data_ptr(), valid.data_ptr(),
             ),
-            _choice(top_k, into, ranks), (tickets.data_ptr(), slots.data_ptr(), split_slots.data_ptr()),
+            _choice(top_k, into, ranks), (tickets.data_ptr(), slots.data_ptr(), split_slots.data_ptr(), native.DELAYED),
             torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
         )  # fmt: skip
 

@@ -112,7 +112,7 @@ __device__ __forceinline__ bool fold_keys(Found<C>& found, const ScoredAttention
     if (splits > 1) {
         float* of_tile = a.workspace.split_slots + unit.tile * splits * part_floats(C::WIDTH);
         store_folded<C::WIDTH>(of_tile + static_cast<int64_t>(unit.split) * part_floats(C::WIDTH), folded, at.thread);
-        if (!take_ticket(tile_tickets + unit.tile, splits)) return false;
+        if (!take_ticket(tile_tickets + unit.tile, splits, a.workspace.delayed)) return false;
         fold_parts<C::WIDTH, true>(folded, of_tile, splits, at.thread);
     }
     __syncthreads();  // all have read the parts in shared memory before the whole takes their place

@@ -44,11 +44,12 @@ __device__ __forceinline__ void end_of_example(const ScoredAttention& a, const U
     } else {
         if (a.classifier.pool == Pool::mean) pool_mean<C>(a, unit, at.thread);
         const int group = unit.example / GROUP;
-        if (!take_ticket(tickets + 1 + group, min(GROUP, a.sizes.examples - group * GROUP))) return;
+        if (!take_ticket(tickets + 1 + group, min(GROUP, a.sizes.examples - group * GROUP), a.workspace.delayed))
+            return;
         read_out<C>(a, group, *reinterpret_cast<ReadoutShared*>(shared), at);
         to_come = groups;
     }
-    if (a.choice.index == nullptr || !take_ticket(tickets, to_come)) return;
+    if (a.choice.index == nullptr || !take_ticket(tickets, to_come, a.workspace.delayed)) return;
     const SelectArgs<float> choice{a.results.scores, a.results.valid,      a.sizes.examples, a.choice.k,
                                    a.choice.k_floor, a.choice.temperature, a.choice.seed,    a.choice.index,
                                    a.choice.score,   a.choice.inclusion,   a.choice.scratch};
@@ -79,7 +80,8 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     }
     end_of_tile<C>(found, a, unit, at.warp < C::ROW_WARPS, at);
     if (unit.own_tile >= unit.own_tiles) return;  // padding
-    if (take_ticket(a.workspace.tickets + 1 + groups + unit.example, a.sizes.heads * unit.own_tiles)) {
+    if (take_ticket(a.workspace.tickets + 1 + groups + unit.example, a.sizes.heads * unit.own_tiles,
+                    a.workspace.delayed)) {
         end_of_example<C>(a, unit, groups, at);
     }
 }

@@ -84,6 +84,7 @@ struct AttentionWorkspace {
     int* tickets;  // AttentionPlan::tickets of them, all 0
     float* slots;
     float* split_slots;
+    bool delayed;  // a stress test's switch (tickets.cuh)
 };
 
 // What decides over tiles; the kernel and the plan look at the same.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from . import dispatch
 from .scored_attention_op import Problem, Results, Scoring
@@ -15,8 +16,6 @@ MAX_WIDTH = 256
 
 def refuses(problem: Problem) -> str | None:
     """Why the CUDA kernel does not take this problem; None if it does."""
-    from attent_kernels.attention.launch_cuda import unaligned
-
     dtype = problem.query.dtype
     if dtype not in CUDA_DTYPES:
         return f"it takes float16 and bfloat16, not {_name(dtype)}"
@@ -27,12 +26,23 @@ def refuses(problem: Problem) -> str | None:
         return f"it takes a target in query's {_name(dtype)}, not {_name(problem.target.dtype)}"
     for name in ("query", "key", "value", "target"):
         tensor = getattr(problem, name)
-        reason = None if tensor is None or tensor.numel() == 0 else unaligned(tensor)
+        reason = None if tensor is None or tensor.numel() == 0 else _unaligned(tensor)
         if reason is not None:
             return f"of {name}, {reason}"
     for name, tensor in (("weight", problem.readout_weight), ("bias", problem.readout_bias)):
         if tensor is not None and tensor.dtype not in WEIGHT_DTYPES:
             return f"it takes a readout {name} in float16, bfloat16 or float32, not {_name(tensor.dtype)}"
+    return None
+
+
+def _unaligned(tensor: Tensor) -> str | None:
+    """Why rows of ``tensor`` cannot be copied 16 bytes at a time; None if they can."""
+    *outer, column = tensor.stride()
+    if column != 1 and tensor.shape[-1] > 1:
+        return f"its columns are {column} numbers apart, not side by side"
+    step = 16 // tensor.element_size()
+    if tensor.data_ptr() % 16 != 0 or any(stride % step for stride in outer):
+        return f"its rows do not all start at multiples of 16 bytes (strides {tuple(tensor.stride())})"
     return None
 
 

@@ -46,7 +46,7 @@ def scored_attention_backward(problem: Problem, saved: Saved, grads: Gradients, 
     query, key, value, _, _ = empty_gradients(problem, [*wanted[:3], False, False])
     if any(wanted[:3]):  # else features are frozen: only the readout learns
         from attent_kernels.attention.backward import Into, ToOutput, attention_backward
-        from attent_kernels.attention.launch import Attention
+        from attent_kernels.attention.records import Attention
 
         attention = Attention(
             problem.query, problem.key, problem.value, problem.query_lengths, problem.key_lengths,
