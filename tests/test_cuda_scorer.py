@@ -291,6 +291,34 @@ def test_the_lesson_is_the_choice_by_the_launchs_own_scores(kernel: str, pool: i
         torch.testing.assert_close(lesson.inclusion, expected.inclusion, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"label_smoothing": 0.1, "weight": torch.rand(300)}])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_launcher_lends_what_the_plan_says(kernel: str, options: dict[str, Any]) -> None:
+    lent, planned = [], []
+    usual, module = launch_scorer_cuda.workspace, emulated.module()
+
+    def workspace(device: torch.device, tickets: int, memory: list[tuple[int, torch.dtype]]) -> Any:
+        lent.append((tickets, sum(length for length, dtype in memory if dtype == torch.float32)))
+        return usual(device, tickets, memory)
+
+    class Planned:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(module, name)
+
+        def launch_scorer(self, name: str, arguments: Any, processors: int, stream: int) -> None:
+            planned.append(module.plan_scorer(name, arguments, processors))
+
+    hidden, weight, target = torch.randn(150, 8).half(), torch.randn(300, 8).half(), torch.randint(300, (150,))
+    with (
+        launched_by(kernel),
+        mock.patch.object(launch_scorer_cuda, "workspace", workspace),
+        mock.patch.object(native, "module", Planned()),
+    ):
+        launch_scorer_cuda.score_tokens(hidden, weight, target, score=("head",), **options)
+    assert lent == [(planned[0]["tickets"], planned[0]["scratch_floats"])]
+    assert planned[0]["grid"] > 0 and planned[0]["shared_bytes"] <= {"portable": 163, "hopper": 227}[kernel] << 10
+
+
 # ------------------------------------------------------------------------------------------------------ what it takes
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
