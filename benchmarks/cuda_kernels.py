@@ -23,5 +23,8 @@ KERNELS = (
     Kernel("select_floor", some=("16 bytes",)),
     Kernel("select_write", some=("16 bytes",)),
     Kernel("select_outputs"),
+    Kernel("portable_scorer", every=("HMMA", "LDSM", "LDGSTS")),
+    # The tensor memory accelerator copies what LDGSTS copies elsewhere, and wgmma reads it where it lies.
+    Kernel("hopper_scorer", sm_90a=("HGMMA", "UTMALDG")),
     Kernel("scored_attention", every=("HMMA", "LDSM", "LDGSTS", "16 bytes")),
 )

@@ -87,4 +87,5 @@ PYBIND11_MODULE(_native, module) {
     attent::bind_cuda_build(module);
     attent::bind_select_top_k(module, testing);
     attent::bind_scored_attention(module);
+    attent::bind_scorer(module);
 }

@@ -40,5 +40,6 @@ void bind_cuda_build(pybind11::module_& module);
 // `testing` is the submodule of host versions: what a kernel's code does, run by the host's compiler.
 void bind_select_top_k(pybind11::module_& module, pybind11::module_& testing);
 void bind_scored_attention(pybind11::module_& module);
+void bind_scorer(pybind11::module_& module);
 
 }  // namespace attent

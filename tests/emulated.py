@@ -19,6 +19,10 @@ SOURCES = [
     "csrc/bind_scored_attention.cpp",
     "csrc/scored_attention_plan.cpp",
     *(f"csrc/cuda/scored_attention{width}.cu" for width in ("", "_64", "_96", "_128", "_192", "_256")),
+    "csrc/bind_scorer.cpp",
+    "csrc/scorer_plan.cpp",
+    "csrc/cuda/scorer.cu",
+    "csrc/cuda/scorer_sm90.cu",
 ]
 # Warnings are errors: the emulator's compiler reads the kernels with other eyes than nvcc.
 FLAGS = ["-std=c++17", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]

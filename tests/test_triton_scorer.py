@@ -16,7 +16,8 @@ from attent import reference
 from attent.ops import triton_scorer
 from attent.ops.linear_cross_entropy_op import Call
 from attent_kernels import runtime
-from attent_kernels.linear_cross_entropy.launch_scorer import Scored, block_of_examples, score_tokens
+from attent_kernels.linear_cross_entropy.launch_scorer import score_tokens
+from attent_kernels.linear_cross_entropy.scorer_workspace import Scored, block_of_examples
 
 from .launches import counted_launches
 from .linear_cross_entropy_problems import PER_EXAMPLE, REDUCTIONS, Problem, problems

@@ -14,7 +14,8 @@ from torch import Tensor
 from attent_kernels import runtime
 from attent_kernels.linear_cross_entropy import launch_scorer
 from attent_kernels.linear_cross_entropy.configurations import CANDIDATES, HALF, cut, kind_of
-from attent_kernels.linear_cross_entropy.launch_scorer import Choose, score_tokens
+from attent_kernels.linear_cross_entropy.launch_scorer import score_tokens
+from attent_kernels.linear_cross_entropy.scorer_workspace import Choose
 from benchmarks.ahead_of_time import SHARED_LIMIT, Compiled, compiled_for, unordered_tickets
 from benchmarks.resources import COMPILE_SECONDS
 

@@ -38,30 +38,11 @@ from ..selection import scratch_length
 from .configurations import Configuration, Cut, configuration, cut, processors
 from .online import KEPT, KEPT_SPREAD
 from .scorer import score_kernel
+from .scorer_workspace import Choose, Scored, block_of_examples, lent_scratch, scratch_memory
 from .views import Matrix, is_aligned, token_rows, vector
 
 #: Vocabulary groups folded at a time: 16 × 128 numbers of each kind, 8 or 16 a thread.
 _GROUPS_AT_A_TIME = 16
-#: Numbers of one kind that a fold of examples holds at a time.
-_FOLDED_AT_A_TIME = 1024
-#: Examples of a block at most where their lengths differ: a block takes as long as its longest one.
-_PACKED_BLOCK = 32
-
-
-class Choose(NamedTuple):
-    """What to choose by the one score that is asked for, as ``attent.select_top_k`` does; B <= MAX_IN_LAUNCH."""
-
-    k: int
-    k_floor: int  # how many of the k are drawn uniformly
-    temperature: float
-    seed: Tensor | None  # int64 [1], where k_floor or temperature is above 0
-
-
-class Scored(NamedTuple):
-    loss: Tensor  # float32, shaped by reduction
-    scores: Tensor  # float32 [S, B]
-    counts: Tensor  # float32 [B], valid tokens
-    chosen: tuple[Tensor, Tensor, Tensor] | None  # index int64, score, inclusion, each [k]
 
 
 class _Outputs(NamedTuple):
@@ -72,23 +53,6 @@ class _Outputs(NamedTuple):
     mean_loss: Any  # the scores [B] by name
     logit: Any
     head: Any
-
-
-class _Scratch(NamedTuple):
-    """Float32 unless said otherwise, None where not needed."""
-
-    slots: Any  # [kept, groups, ⌈N⌉]
-    own: Any  # [⌈N⌉] the target's raw logit
-    hidden_square: Any  # [⌈N⌉] ‖h‖²
-    token_loss: Any  # [N]
-    token_square: Any
-    token_count: Any  # 1 where it has a target
-    token_share: Any  # class weight, for the mean's denominator; None: its count
-    token_head: Any
-    block_loss: Any  # [blocks]
-    block_share: Any
-    valid: Any  # int8 [B]
-    selection: Any  # int64
 
 
 class _Choice(NamedTuple):
@@ -156,26 +120,17 @@ def score_tokens(
     block_examples, block_tokens = block_of_examples(tokens, tokens_each, batch, packed, tiles.rows)
     blocks = -(-batch // block_examples)
 
-    capacity = row_tiles * tiles.rows
-    with_head, with_share = "head" in score, weight is not None and reduction == "mean" and not soft
-    lengths = _Scratch(
-        slots=kept * parts.groups * capacity,
-        own=capacity,
-        hidden_square=capacity * with_head,
-        token_loss=capacity,
-        token_square=capacity,
-        token_count=capacity,
-        token_share=capacity * with_share,
-        token_head=capacity * with_head,
-        block_loss=blocks,
-        block_share=blocks,
-        valid=batch * (choose is not None),
-        selection=scratch_length(batch) * (choose is not None),
+    memory = scratch_memory(
+        kept * parts.groups,
+        row_tiles * tiles.rows,
+        blocks,
+        batch,
+        head="head" in score,
+        share=weight is not None and reduction == "mean" and not soft,
+        choice=None if choose is None else scratch_length(batch),
     )
-    dtypes = {"valid": torch.int8, "selection": torch.int64}
-    memory = [(n, dtypes.get(name, torch.float32)) for name, n in lengths._asdict().items()]
     with on_device_of(input), workspace(device, row_tiles + blocks + 1, memory) as (tickets, *lent):
-        scratch = _Scratch(*(part if n else None for n, part in zip(lengths, lent, strict=True)))
+        scratch = lent_scratch(memory, lent)
         by_name = dict(zip(score, scores.unbind(0), strict=True))
         out = _Outputs(loss, counts, by_name.get("loss"), by_name.get("logit"), by_name.get("head"))
         choice = None
@@ -261,18 +216,3 @@ def tiles_for(
         soft=target.is_floating_point(),
         extra=choose is not None or "head" in score,
     )
-
-
-def block_of_examples(tokens: int, tokens_each: int, batch: int, packed: bool, rows: int) -> tuple[int, int]:
-    """BE examples of about a tile's tokens, and BT tokens of each folded at a time: powers of two."""
-    each = max(1, tokens // batch) if packed else tokens_each
-    examples = _power_of_two(max(1, rows // each))
-    at_a_time = _power_of_two(2 * each - 1)  # the least that holds them all
-    if packed:
-        examples, at_a_time = min(examples, _PACKED_BLOCK), max(32, at_a_time)
-    return examples, min(at_a_time, max(1, _FOLDED_AT_A_TIME // examples))
-
-
-def _power_of_two(number: int) -> int:
-    """The largest one up to ``number``."""
-    return 1 << (number.bit_length() - 1)

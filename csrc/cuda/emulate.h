@@ -295,6 +295,13 @@ inline void wait_for_copies(int groups_in_flight) {
 inline void __syncthreads() {
     attent::emulate::wait_at(attent::emulate::block().barrier, static_cast<int>(blockDim.x));
 }
+namespace attent::emulate {
+// bar.sync: a barrier of some threads of the block.
+inline void sync_some(int id, int threads) {
+    static Barrier barriers[16];
+    wait_at(barriers[id], threads);
+}
+}  // namespace attent::emulate
 inline void __syncwarp(unsigned = 0xffffffffu) {
     attent::emulate::meet("__syncwarp", 0);
 }

@@ -26,15 +26,28 @@ namespace attent::gpu {
 struct Block {
     int threads;
     bool backwards = false;  // on the host, for tests: the last thread first; what depends on the order shows
+    int barrier = 0;         // on the device, where others of the launch go other ways: a barrier of these threads only
 
     // Runs part(thread) for every thread of the block, then waits until all are done.
     template <typename Part>
     ATTENT_HD void phase(Part part) const {
 #if defined(__CUDA_ARCH__)
         part(static_cast<int>(threadIdx.x));
-        __syncthreads();  // what this phase wrote is visible to the block, and all have read what the next overwrites
+        wait();  // what this phase wrote is visible to the block, and all have read what the next overwrites
 #else
         for (int i = 0; i < threads; ++i) part(backwards ? threads - 1 - i : i);
+#endif
+    }
+
+    ATTENT_HD void wait() const {
+#if defined(ATTENT_EMULATE)
+        barrier == 0 ? __syncthreads() : emulate::sync_some(barrier, threads);
+#elif defined(__CUDA_ARCH__)
+        if (barrier == 0) {
+            __syncthreads();
+        } else {
+            asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+        }
 #endif
     }
 };

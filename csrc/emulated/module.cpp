@@ -7,6 +7,7 @@
 PYBIND11_MODULE(attent_emulated, module) {
     module.doc() = "GPU kernels' own source on a CPU.";
     attent::bind_scored_attention(module);
+    attent::bind_scorer(module);
     module.def(
         "set_schedule", [](uint64_t seed) { attent::emulate::schedule().seed = seed; },
         "The order in which threads and blocks run, and when asynchronous copies happen; 0: blocks in their order.");

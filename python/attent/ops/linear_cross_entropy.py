@@ -25,7 +25,8 @@ from .._checks import (
     refuse,
     values_readable,
 )
-from . import torch_linear_cross_entropy as torch_linear_cross_entropy  # registers the torch backend
+from . import cuda_scorer as cuda_scorer  # registers the cuda backend
+from . import torch_linear_cross_entropy as torch_linear_cross_entropy  # the torch backend
 from . import triton_linear_cross_entropy as triton_linear_cross_entropy  # and the triton backend
 from .dispatch import choose
 

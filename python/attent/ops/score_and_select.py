@@ -9,7 +9,7 @@ from torch import Tensor
 from .._checks import describe, refuse
 from ..philox import seed_tensor
 from ..selection import Selection
-from . import triton_scorer
+from . import cuda_scorer, triton_scorer
 from .dispatch import choose
 from .linear_cross_entropy import cast_for_autocast, check_options, check_scores, check_tensors
 from .linear_cross_entropy_op import Call
@@ -78,11 +78,13 @@ def score_and_select(
             False, False, False,
         )  # fmt: skip
         # One launch, where a launch can do it; a compiled call is traced through the two ops instead.
-        if runs_on == "triton" and not torch.compiler.is_compiling() and triton_scorer.chooses_from(call):
+        scorer = {"triton": triton_scorer, "cuda": cuda_scorer}.get(runs_on)
+        if scorer is not None and not torch.compiler.is_compiling() and scorer.chooses_from(call):
             _check_numbers(call.batch, k, temperature, floor)
             _check_seed(seed, input.device)
             drawn = seed_tensor(seed, input.device) if temperature > 0 or floor > 0 else None
-            return triton_scorer.score_and_select(call, k, temperature, floor, drawn)
+            lesson: Selection = scorer.score_and_select(call, k, temperature, floor, drawn)
+            return lesson
         _, scores, counts, *_ = torch.ops.attent.linear_cross_entropy(*call)
         valid = counts > 0
         if example_weight is not None:

@@ -49,15 +49,9 @@ def score_and_select(call: Call, k: int, temperature: float, floor: float, seed:
     return Selection(*chosen)
 
 
-def _launch(
-    call: Call, reduction: str | None, choose: tuple[int, int, float, Tensor | None] | None = None
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]:
-    # Only here: Triton need not be installed.
-    from attent_kernels import autotune
-    from attent_kernels.linear_cross_entropy import configurations
-    from attent_kernels.linear_cross_entropy.launch_scorer import Choose, score_tokens, tiles_for
-
-    arguments: dict[str, Any] = {
+def arguments_of(call: Call, reduction: str | None) -> dict[str, Any]:
+    """What the scorer's launchers take of a call, but ``choose``."""
+    return {
         "input": call.input,
         "linear_weight": call.linear_weight,
         "target": call.target,
@@ -72,8 +66,20 @@ def _launch(
         "shift": call.shift,
         "score": call.score,
         "per_example": call.per_example,
-        "choose": None if choose is None else Choose(*choose),
     }
+
+
+def _launch(
+    call: Call, reduction: str | None, choose: tuple[int, int, float, Tensor | None] | None = None
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+    # Only here: Triton need not be installed.
+    from attent_kernels import autotune
+    from attent_kernels.linear_cross_entropy import configurations
+    from attent_kernels.linear_cross_entropy.launch_scorer import score_tokens, tiles_for
+    from attent_kernels.linear_cross_entropy.scorer_workspace import Choose
+
+    arguments = arguments_of(call, reduction)
+    arguments["choose"] = None if choose is None else Choose(*choose)
     if autotune.ENABLED and call.input.dtype != torch.float32 and call.input.numel() > 0:
         arguments["tiles"] = autotune.pick(
             "score_tokens",

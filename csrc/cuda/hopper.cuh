@@ -1,0 +1,298 @@
+// What Hopper (sm_90a) moves and multiplies with: tensor maps and bulk copies (TMA), barriers in shared memory that count
+// bytes (mbarrier), products of four warps with both operands in shared memory (wgmma); and their twins for the emulator.
+//
+// Operands are tiles of rows of 64 numbers of 16 bits: 128 bytes, adjacent, the tile at a multiple of 1024 bytes. The
+// copy and the product both permute the eight 16-byte chunks of row r by r % 8 (128-byte swizzle), so no bank is hit
+// twice by the eight rows that a product reads at a time.
+#pragma once
+
+#include "half.cuh"
+#include "tile.cuh"
+
+#ifndef ATTENT_EMULATE
+#include <cuda.h>
+#else
+#include <functional>
+#include <map>
+#endif
+
+namespace attent::gpu::hopper {
+
+constexpr int ROW_BYTES = 128, ATOM_ROWS = 8;
+constexpr int ACCUMULATORS = 128;  // of each of 128 threads: [64, 256]
+
+#ifdef ATTENT_EMULATE
+
+// A matrix [rows, width] of 16-bit numbers, loaded by boxes of [box_rows, 64].
+struct TensorMap {
+    const void* data;
+    int64_t width, rows, row_stride;
+    int box_rows;
+};
+
+struct Barrier {
+    int count = 0, pending = 0;
+    int64_t bytes = 0;
+    uint32_t phase = 0;
+    std::vector<std::function<void()>> copies;  // under way
+    void complete() {
+        if (pending == 0 && bytes == 0) phase ^= 1, pending = count;
+    }
+};
+inline Barrier& barrier_at(SharedAddress address) {
+    static std::map<SharedAddress, Barrier> all;
+    return all[address];
+}
+inline void init_barrier(SharedAddress barrier, int arrivals) {
+    emulate::at_shared(barrier, 8);
+    barrier_at(barrier) = Barrier();
+    barrier_at(barrier).count = barrier_at(barrier).pending = arrivals;
+}
+inline void publish_barriers() {}
+inline void arrive(SharedAddress barrier) {
+    Barrier& b = barrier_at(barrier);
+    if (b.pending-- == 0) throw std::logic_error("more arrivals than the barrier counts");
+    b.complete();
+}
+inline void arrive_and_expect(SharedAddress barrier, int bytes) {
+    barrier_at(barrier).bytes += bytes;
+    arrive(barrier);
+}
+inline void wait(SharedAddress barrier, uint32_t parity) {
+    Barrier& b = barrier_at(barrier);
+    for (int turns = 0; b.phase == parity; ++turns) {
+        if (turns > 1000000) throw std::logic_error("a wait at a barrier that nobody completes");
+        // A copy lands at some time, in any order.
+        if (!b.copies.empty() && emulate::block().random() % 4 == 0) {
+            const size_t which = emulate::block().random() % b.copies.size();
+            const auto copy = b.copies[which];
+            b.copies.erase(b.copies.begin() + static_cast<std::ptrdiff_t>(which));
+            copy();
+            continue;
+        }
+        emulate::back_to_scheduler();
+    }
+}
+inline void prefetch_map(const TensorMap&) {}
+inline void load_box(const TensorMap& map, SharedAddress to, SharedAddress barrier, int column, int row) {
+    if (to % 1024 != 0) throw std::logic_error("a swizzled box at a misaligned address");
+    const TensorMap from = map;
+    const auto copy = [=] {
+        for (int r = 0; r < from.box_rows; ++r) {
+            for (int c = 0; c < ROW_BYTES / 2; ++c) {
+                uint16_t value = 0;
+                if (row + r < from.rows && column + c < from.width) {
+                    value = static_cast<const uint16_t*>(from.data)[(row + r) * from.row_stride + column + c];
+                }
+                const int at = r * ROW_BYTES + (2 * c ^ r % 8 * 16);
+                std::memcpy(emulate::at_shared(to + at, 2), &value, 2);
+            }
+        }
+        barrier_at(barrier).bytes -= from.box_rows * ROW_BYTES;
+        barrier_at(barrier).complete();
+    };
+    // It lands at once, or when somebody waits for it.
+    if (emulate::block().random() % 2 == 0) {
+        copy();
+    } else {
+        barrier_at(barrier).copies.push_back(copy);
+    }
+}
+
+// Products that threads have started, by group; the last is still open. They happen when they are waited for: what
+// overwrites their operands before shows.
+struct Product {
+    float* d;
+    uint64_t a, b;
+    bool adds;
+};
+using ProductGroups = std::vector<std::vector<Product>>;
+inline ProductGroups& products_of_thread() {
+    static std::map<unsigned, ProductGroups> all;
+    ProductGroups& groups = all[threadIdx.x];
+    if (groups.empty()) groups.emplace_back();
+    return groups;
+}
+inline void fence_products() {}
+template <int N>
+void fence_registers(float (&)[N]) {}
+template <typename T>
+T number_of_operand(uint64_t descriptor, int row, int k) {
+    if (descriptor >> 62 != 1) throw std::logic_error("an operand without 128-byte swizzle");
+    const uint32_t start = (descriptor & 0x3fff) << 4, atom = (descriptor >> 32 & 0x3fff) << 4;
+    uint32_t at = start + row / 8 * atom + row % 8 * ROW_BYTES + 2 * k;
+    at ^= (at >> 7 & 7) << 4;
+    T value;
+    std::memcpy(&value, emulate::at_shared(at, 2), 2);
+    return value;
+}
+template <typename T>
+void start_product(float (&d)[ACCUMULATORS], uint64_t a, uint64_t b, bool adds) {
+    products_of_thread().back().push_back({d, a, b, adds});
+}
+inline void commit_products() {
+    emulate::meet("wgmma.commit_group", 0);
+    products_of_thread().emplace_back();
+}
+// Instructions of the whole warp: no lane goes on, and tells others that it has read its operands, before all have.
+template <typename T, int IN_FLIGHT>
+void wait_for_products() {
+    ProductGroups& groups = products_of_thread();
+    while (static_cast<int>(groups.size()) - 1 > IN_FLIGHT) {
+        for (const Product& product : groups.front()) {
+            const int warp = static_cast<int>(threadIdx.x) / 32 % 4, lane = emulate::here().lane;
+            for (int half = 0; half < 2; ++half) {
+                float row[16];
+                for (int k = 0; k < 16; ++k) {
+                    row[k] = to_float32(number_of_operand<T>(product.a, 16 * warp + lane / 4 + 8 * half, k));
+                }
+                for (int i = 0; i < ACCUMULATORS / 2; ++i) {
+                    const int column = i / 2 * 8 + lane % 4 * 2 + i % 2;
+                    float& sum = product.d[i / 2 * 4 + half * 2 + i % 2];
+                    if (!product.adds) sum = 0.0f;
+                    for (int k = 0; k < 16; ++k) sum += row[k] * to_float32(number_of_operand<T>(product.b, column, k));
+                }
+            }
+        }
+        groups.erase(groups.begin());
+    }
+    emulate::meet("wgmma.wait_group", IN_FLIGHT);
+}
+
+template <int REGISTERS>
+void take_registers() {}
+template <int REGISTERS>
+void give_registers() {}
+
+#else
+
+using TensorMap = CUtensorMap;
+
+__device__ __forceinline__ void init_barrier(SharedAddress barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+// Before the block's barrier that lets others use them: bulk copies see the barriers as they were set.
+__device__ __forceinline__ void publish_barriers() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void arrive(SharedAddress barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// One arrival; the phase also waits for so many bytes of copies.
+__device__ __forceinline__ void arrive_and_expect(SharedAddress barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Until the phase of this parity is complete. A barrier starts in phase 0, so that waiting for parity 1 passes.
+__device__ __forceinline__ void wait(SharedAddress barrier, uint32_t parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+// Start to copy a box from (row, column) on; what lies outside of the matrix is 0. Its bytes arrive at the barrier.
+__device__ __forceinline__ void load_box(const TensorMap& map, SharedAddress to, SharedAddress barrier, int column,
+                                         int row) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+            to),
+        "l"(&map), "r"(barrier), "r"(column), "r"(row)
+        : "memory");
+}
+
+// Accumulators that other instructions wrote are there before the next product.
+__device__ __forceinline__ void fence_products() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+// The compiler moves no use of these across.
+template <int N>
+__device__ __forceinline__ void fence_registers(float (&values)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(values[i])::"memory");
+}
+__device__ __forceinline__ void commit_products() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// At most so many groups are under way; of the others the accumulators are whole and the operands read.
+template <typename T, int IN_FLIGHT>
+__device__ __forceinline__ void wait_for_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(IN_FLIGHT) : "memory");
+}
+
+#define ATTENT_PRODUCT(TYPE)                                                                                           \
+    asm volatile(                                                                                                      \
+        "{.reg .pred adds; setp.ne.b32 adds, %130, 0; "                                                                \
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE                                                   \
+        " {"                                                                                                           \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                       \
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                             \
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                             \
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "                             \
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                             \
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "                             \
+        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "                 \
+        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "            \
+        "%128, %129, adds, 1, 1, 0, 0;}"                                                                               \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),  \
+          "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),       \
+          "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),      \
+          "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]),      \
+          "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]),      \
+          "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),      \
+          "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),      \
+          "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]), "+f"(d[64]),      \
+          "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]), "+f"(d[72]),      \
+          "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]), "+f"(d[80]),      \
+          "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]), "+f"(d[88]),      \
+          "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]), "+f"(d[96]),      \
+          "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]), "+f"(d[104]), \
+          "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]),            \
+          "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]),            \
+          "+f"(d[119]), "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]),            \
+          "+f"(d[126]), "+f"(d[127])                                                                                   \
+        : "l"(a), "l"(b), "r"(static_cast<int>(adds)))
+
+// d [64, 256] += a [64, 16] b [256, 16]ᵀ (= unless it adds) by four warps, operands by descriptor, in float32. Of row
+// 16 (warp % 4) + lane / 4 + 8 h a thread has the columns 8 j + 2 (lane % 4) + i at d[4 j + 2 h + i].
+template <typename T>
+__device__ __forceinline__ void start_product(float (&d)[ACCUMULATORS], uint64_t a, uint64_t b, bool adds);
+
+template <>
+__device__ __forceinline__ void start_product<BFloat16>(float (&d)[ACCUMULATORS], uint64_t a, uint64_t b, bool adds) {
+    ATTENT_PRODUCT("bf16");
+}
+template <>
+__device__ __forceinline__ void start_product<Half>(float (&d)[ACCUMULATORS], uint64_t a, uint64_t b, bool adds) {
+    ATTENT_PRODUCT("f16");
+}
+#undef ATTENT_PRODUCT
+
+// Registers of each thread of four warps, to and from the multiprocessor's pool.
+template <int REGISTERS>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <int REGISTERS>
+__device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+#endif
+
+// A tile of rows as an operand of a product, from a row that 8 divides on, and from column 16 `step` on.
+__device__ __forceinline__ uint64_t operand(SharedAddress tile, int row, int step) {
+    constexpr uint64_t SWIZZLE_128 = uint64_t{1} << 62;
+    constexpr uint64_t ATOM = static_cast<uint64_t>(ATOM_ROWS * ROW_BYTES / 16) << 32;  // from 8 rows to the next 8
+    constexpr uint64_t UNUSED = uint64_t{1} << 16;                                      // leading offset, if swizzled
+    return SWIZZLE_128 | ATOM | UNUSED | ((tile + row * ROW_BYTES + step * 32) & 0x3ffff) >> 4;
+}
+
+}  // namespace attent::gpu::hopper
