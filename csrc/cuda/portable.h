@@ -40,7 +40,7 @@ struct Block {
     }
 
     ATTENT_HD void wait() const {
-#if defined(ATTENT_EMULATE)
+#if defined(__CUDA_ARCH__) && defined(ATTENT_EMULATE)
         barrier == 0 ? __syncthreads() : emulate::sync_some(barrier, threads);
 #elif defined(__CUDA_ARCH__)
         if (barrier == 0) {
