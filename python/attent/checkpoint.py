@@ -62,6 +62,12 @@ def read_file(path: str | Path) -> dict[str, Any]:
     ``torch.load`` finds a file that was cut off; a byte that changed in a tensor it does not, so the checksums that
     ``torch.save`` wrote are looked at first.
 
+    Args:
+        path: that file.
+
+    Returns:
+        The dictionary that was written.
+
     Raises:
         ValueError: the file is not there, or is not what :func:`write_state` wrote.
 

@@ -47,7 +47,7 @@ def _lines(chart: Lines) -> list[str]:
     x_axis = Axis(min([0.0, *xs]), max(xs), LEFT, WIDTH - RIGHT)
     y_axis = Axis(min(ys) - air, max(ys) + air, HEIGHT - BOTTOM, TOP)
     body = _frame(y_axis, chart.x_title, chart.y_title)
-    body += [_text(x_axis(x), HEIGHT - BOTTOM + 15, number(x), "middle") for x in x_axis.ticks()]
+    body += [_below(x_axis(x), HEIGHT - BOTTOM + 15, number(x)) for x in x_axis.ticks()]
     for place, (name, curve) in enumerate(chart.series):
         colour, dash = place % SERIES, DASHES[place % len(DASHES)]
         path = " ".join(f"{x_axis(x):.1f},{y_axis(y):.1f}" for x, y in curve)
@@ -76,7 +76,7 @@ def _columns(chart: Columns) -> list[str]:
                 f'height="{bottom - y:.1f}">{_tip(f"{label}, {name}: {number(values[place])}")}</rect>'
             )
         if place % every(len(chart.labels), 10) == 0:
-            body.append(_text(LEFT + (place + 0.5) * slot, HEIGHT - BOTTOM + 15, label, "middle"))
+            body.append(_below(LEFT + (place + 0.5) * slot, HEIGHT - BOTTOM + 15, label))
     return body
 
 
@@ -89,7 +89,7 @@ def _bars(chart: Bars) -> list[str]:
     body = []
     for tick in axis.ticks():
         body.append(f'<line class="grid" x1="{axis(tick):.1f}" x2="{axis(tick):.1f}" y1="{TOP}" y2="{bottom}"/>')
-        body.append(_text(axis(tick), bottom + 15, number(tick), "middle"))
+        body.append(_below(axis(tick), bottom + 15, number(tick)))
     for place, (label, value, count) in enumerate(zip(chart.labels, chart.values, chart.counts, strict=True)):
         y = TOP + place * ROW
         short = label if len(label) <= fits else label[: fits - 1] + "…"
@@ -126,7 +126,7 @@ def _histograms(chart: Histograms) -> list[str]:
             body.append(f'<line class="l1" x1="{x:.1f}" x2="{x + slot:.1f}" y1="{y:.1f}" y2="{y:.1f}">'
                         f"{_tip(f'{label}: median {number(median)}')}</line>")  # fmt: skip
         if place % every(len(chart.labels), 10) == 0:
-            body.append(_text(x + slot / 2, HEIGHT - BOTTOM + 15, label, "middle"))
+            body.append(_below(x + slot / 2, HEIGHT - BOTTOM + 15, label))
     return body
 
 
@@ -182,6 +182,12 @@ def _dashed(dash: str) -> str:
 
 def _tip(text: str) -> str:
     return f"<title>{escape(text)}</title>"
+
+
+def _below(x: float, y: float, text: str) -> str:
+    """A label centred on ``x`` below an axis, or as near as stays within the chart."""
+    half = len(text) * LETTER / 2
+    return _text(min(max(x, half), WIDTH - half), y, text, "middle")
 
 
 def _text(x: float, y: float, text: str, anchor: str, *, soft: bool = False) -> str:
