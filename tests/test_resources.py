@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import pytest
 
 from benchmarks import resource_cases
 from benchmarks.ahead_of_time import CAPABILITIES, SHARED_LIMIT, Compiled, unordered_tickets
+from benchmarks.provenance import RESULTS
 from benchmarks.resource_cases import Case, cases, with_triton
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,3 +118,11 @@ def test_cases_are_of_ops_that_exist() -> None:
     from attent.ops import dispatch
 
     assert set(resource_cases.CASES) <= set(dispatch._implementations)
+
+
+def test_the_committed_table_has_every_case_and_nothing_wrong() -> None:
+    """The whole table takes half an hour of processor time: it is compiled by hand when kernels or tiles change."""
+    table = json.loads(max((RESULTS / "resources").glob("*.json")).read_text("utf-8"))
+    assert table["wrong"] == [] and table["capabilities"] == list(CAPABILITIES)
+    compiled = {(row["op"], row["case"]) for row in table["kernels"]}
+    assert {(case.op, case.name) for case in resource_cases.cases()} == compiled

@@ -100,7 +100,7 @@ _FLOAT32: dict[str, dict[int, Configuration]] = {
     },
     "query": {
         64: Configuration(32, 32, 4, 1),
-        128: Configuration(16, 32, 8, 1),
+        128: Configuration(16, 32, 4, 1),
         256: Configuration(16, 16, 8, 1),
     },
 }

@@ -40,7 +40,7 @@ _HALF = {
     80: {
         16: Configuration(128, 64, 4, 3, 255),
         32: Configuration(128, 64, 4, 3, 255),
-        64: Configuration(128, 64, 4, 3, 255),
+        64: Configuration(128, 64, 8, 3, 168),
         128: Configuration(64, 64, 8, 2),
         256: Configuration(64, 32, 8, 2),
     },
@@ -67,7 +67,7 @@ _FEW = {
     32: Configuration(16, 128, 8, 3, 168),
     64: Configuration(16, 64, 8, 3, 168),
     128: Configuration(16, 64, 8, 3, 168),
-    256: Configuration(16, 32, 8, 2, 168),
+    256: Configuration(16, 32, 8, 2, 255),
 }
 #: In the interpreter: small, so that small tests have several tiles.
 _INTERPRETED = Configuration(16, 16, 4, 1)

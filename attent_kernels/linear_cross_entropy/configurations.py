@@ -91,7 +91,7 @@ def configuration(
     if INTERPRETED:
         return _INTERPRETED
     if dtype == torch.float32:
-        chosen = FLOAT32
+        chosen = FLOAT32._replace(registers=255) if soft else FLOAT32  # as many sums as below
     else:
         capability = compute_capability()
         chosen = HALF[max((least for least in HALF if least <= capability), default=min(HALF))]
@@ -102,7 +102,7 @@ def configuration(
         elif weighted or (capped and (smoothed or extra)):
             chosen = chosen._replace(**_CROWDED)
         elif capped:
-            chosen = chosen._replace(columns=_CROWDED["columns"])
+            chosen = chosen._replace(columns=8)  # with 16 sm_90 spills 104 bytes
     if not aligned:
         chosen = chosen._replace(classes=min(chosen.classes, 64), width=32, flatten=False)
     few = max(_FEWEST_CLASSES, 1 << max(0, classes - 1).bit_length())

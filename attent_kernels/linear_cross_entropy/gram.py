@@ -89,7 +89,7 @@ class Gram:
                 triton.cdiv(triton.cdiv(columns, self.splits), STEP) * STEP,
                 ACCUMULATE=not self.empty,
                 TILE=TILE,
-                STEP=STEP,
+                STEP=STEP if p.element_size() == 2 else STEP // 4,  # float32 operands are in registers
                 num_warps=8,
                 num_stages=3 if p.element_size() == 2 else 2,
             )
