@@ -162,7 +162,7 @@ def attention_backward() -> Iterator[Case]:
         )  # fmt: skip
 
     def products(width: int, dtype: torch.dtype) -> tuple[str, ...]:
-        """Which kernels have wgmma: at 256, the gradients of 64 keys would spill, and fewer are no warpgroup's product."""
+        """Which kernels have wgmma: at 256, gradients of 64 keys would spill, and fewer are no warpgroup's product."""
         return () if dtype != HALF else BACKWARD if width < 256 else ("query_gradient",)
 
     for width in WIDTHS:
