@@ -112,7 +112,7 @@ void scored_attention(const SizesTuple& sizes, int dtype, const RowsTuple& query
 }  // namespace
 
 void bind_scored_attention(py::module_& module) {
-    py::class_<gpu::AttentionPlan>(module, "ScoredAttentionPlan")
+    py::class_<gpu::AttentionPlan>(module, "ScoredAttentionPlan", py::module_local())
         .def_readonly("blocks", &gpu::AttentionPlan::blocks)
         .def_readonly("tiles", &gpu::AttentionPlan::tiles)
         .def_readonly("splits", &gpu::AttentionPlan::splits)
