@@ -151,7 +151,7 @@ def _instructions(text: str) -> dict[tuple[str, str], dict[str, int]]:
             arch = line.removeprefix("arch = ").strip()
         elif name := re.match(r"\s*Function : (\S+)$", line):
             counts = found[arch, name.group(1)] = dict.fromkeys(COUNTED, 0)
-        elif line.lstrip().startswith("/*0") and ";" in line:
+        elif re.match(r"\s*/\*[0-9a-f]+\*/", line) and ";" in line:  # an address
             instruction = line.partition("*/")[2].partition(";")[0]
             for what, pattern in COUNTED.items():
                 counts[what] += pattern.search(instruction) is not None
