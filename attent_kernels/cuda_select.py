@@ -20,20 +20,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 def select_top_k(
     scores: Tensor, k: int, temperature: float, k_floor: int, valid: Tensor | None, seed: Tensor | None, sorted: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose ``k`` of ``n`` examples: what ``attent.select_top_k`` defines.
-
-    Args:
-        scores: ``[n]`` float16, bfloat16 or float32, n < 2^31. Not contiguous: copied first.
-        k: 0 <= k <= n.
-        temperature: 0: by score; above: Gumbel top-k.
-        k_floor: how many of the k are drawn uniformly.
-        valid: ``[n]`` bool, or None.
-        seed: int64 ``[1]``; None only where temperature and k_floor are 0.
-        sorted: in the order of the scores, or of the indices.
-
-    Returns:
-        index int64 ``[k]``, score ``[k]`` like scores, inclusion float32 ``[k]``.
-    """
+    """What :func:`attent_kernels.select.select_top_k` does, of the same arguments."""
     module: Any = native.module
     index = scores.new_empty(k, dtype=torch.int64)
     outputs = index, scores.new_empty(k), scores.new_empty(k, dtype=torch.float32)

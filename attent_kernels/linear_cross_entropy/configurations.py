@@ -102,7 +102,8 @@ def configuration(
         elif weighted or (capped and (smoothed or extra)):
             chosen = chosen._replace(**_CROWDED)
         elif capped:
-            chosen = chosen._replace(columns=8)  # with 16 sm_90 spills 104 bytes
+            # With 16 sm_90 spills 104 bytes; with 8 sm_100's compiler takes twice the time, 23 s.
+            chosen = chosen._replace(columns=8 if 90 <= capability < 100 else 16)
     if not aligned:
         chosen = chosen._replace(classes=min(chosen.classes, 64), width=32, flatten=False)
     few = max(_FEWEST_CLASSES, 1 << max(0, classes - 1).bit_length())

@@ -15,6 +15,19 @@ struct BFloat16 {
     uint16_t bits;
 };
 
+// f(Score{}), Score being the type that `dtype` names.
+template <typename F>
+auto for_dtype(Dtype dtype, const F& f) {
+    switch (dtype) {
+        case Dtype::float16:
+            return f(Half{});
+        case Dtype::bfloat16:
+            return f(BFloat16{});
+        default:
+            return f(float{});
+    }
+}
+
 // As load_of_others of portable.h.
 ATTENT_HD Half load_of_others(const Half* place) {
     return {load_of_others(&place->bits)};

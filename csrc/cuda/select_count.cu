@@ -35,14 +35,7 @@ Status launch_select_count(Source source, Dtype dtype, const PassArgs& args, int
     // Codes are read instead of scores: one kernel serves all dtypes.
     if (source == Source::codes) return launch_for<Source::codes, float>(args, blocks, stream);
     if (source == Source::floor) return launch_for<Source::floor, float>(args, blocks, stream);
-    switch (dtype) {
-        case Dtype::float16:
-            return launch_of<Half>(source, args, blocks, stream);
-        case Dtype::bfloat16:
-            return launch_of<BFloat16>(source, args, blocks, stream);
-        default:
-            return launch_of<float>(source, args, blocks, stream);
-    }
+    return for_dtype(dtype, [&](auto score) { return launch_of<decltype(score)>(source, args, blocks, stream); });
 }
 
 }  // namespace attent::gpu

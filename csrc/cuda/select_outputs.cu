@@ -30,14 +30,7 @@ Status launch_select_outputs(const SelectTopKArgs& args, cudaStream_t stream) {
     ATTENT_RETURN_UNLESS_OK(check_select_top_k(args));
     const auto plan = plan_select_top_k(args.n, args.k, args.k_floor, args.temperature, args.dtype);
     const PassArgs pass = in_passes(args, plan);
-    switch (args.dtype) {
-        case Dtype::float16:
-            return launch_for<Half>(pass, stream);
-        case Dtype::bfloat16:
-            return launch_for<BFloat16>(pass, stream);
-        default:
-            return launch_for<float>(pass, stream);
-    }
+    return for_dtype(args.dtype, [&](auto score) { return launch_for<decltype(score)>(pass, stream); });
 }
 
 }  // namespace attent::gpu

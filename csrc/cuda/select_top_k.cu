@@ -48,14 +48,7 @@ Status launch_select_top_k(const SelectTopKArgs& args, cudaStream_t stream) {
         const auto plan = plan_select_top_k(args.n, args.k, args.k_floor, args.temperature, args.dtype);
         return run_passes(args, plan, Launches{args.dtype, plan.blocks, stream});
     }
-    switch (args.dtype) {
-        case Dtype::float16:
-            return launch_for<Half>(args, stream);
-        case Dtype::bfloat16:
-            return launch_for<BFloat16>(args, stream);
-        default:
-            return launch_for<float>(args, stream);
-    }
+    return for_dtype(args.dtype, [&](auto score) { return launch_for<decltype(score)>(args, stream); });
 }
 
 }  // namespace attent::gpu

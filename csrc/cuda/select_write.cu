@@ -35,14 +35,7 @@ Status launch_of(Source source, const PassArgs& args, int blocks, cudaStream_t s
 }  // namespace
 
 Status launch_select_write(Source source, Dtype dtype, const PassArgs& args, int blocks, cudaStream_t stream) {
-    switch (dtype) {
-        case Dtype::float16:
-            return launch_of<Half>(source, args, blocks, stream);
-        case Dtype::bfloat16:
-            return launch_of<BFloat16>(source, args, blocks, stream);
-        default:
-            return launch_of<float>(source, args, blocks, stream);
-    }
+    return for_dtype(dtype, [&](auto score) { return launch_of<decltype(score)>(source, args, blocks, stream); });
 }
 
 }  // namespace attent::gpu

@@ -297,6 +297,5 @@ def _working_dtype(scores: Tensor) -> torch.dtype:
     return torch.float64 if scores.dtype == torch.float64 else torch.float32
 
 
-# Each registers its backend.
-from . import cuda_select_top_k as cuda_select_top_k  # noqa: E402
-from . import triton_select_top_k as triton_select_top_k  # noqa: E402
+# It registers both backends.
+from . import kernel_select_top_k as kernel_select_top_k  # noqa: E402
