@@ -10,6 +10,7 @@ from pathlib import Path
 from attent.demo.intervals import Difference, mean
 
 from ..provenance import RESULTS
+from . import policies
 from .analysis import FEWEST_SEEDS, Landed, begun, landed
 from .arms import ARMS, FULL
 from .catalogue import names
@@ -36,6 +37,7 @@ def lines(folder: Path, scale: str) -> Iterator[str]:
         yield from _summary(studies)
         yield ""
         yield f"![Metric against measured seconds, a panel for each study]({FIGURE})"
+    yield from _policies(folder, scale)
     for study in studies:
         yield ""
         yield from _study(study, scale)
@@ -127,6 +129,26 @@ def _verdict(arm: str, studies: list[Landed]) -> str:
     return f"{arm}: " + "; ".join(f"{said} {', '.join(where)}" for said, where in by_verdict.items() if where) + "."
 
 
+def _policies(folder: Path, scale: str) -> Iterator[str]:
+    """What single settings of a teacher change, from runs that the tables above do not use."""
+    rows = policies.table(folder, names(scale))
+    if not rows:
+        return
+    yield ""
+    yield "## Which settings"
+    yield ""
+    budgets = " and ".join(f"{budget:.0%}" for budget in policies.BUDGETS)
+    yield (
+        "`python -m benchmarks.studies.policies` puts a teacher with one other setting (or two) in the harvest arm's"
+        f" place, at that arm's batch size and learning rate, at budgets of {budgets}, with {len(policies.SEEDS)} seeds"
+        " and the validation part, which no other table uses. Each cell: mean difference to full data at the same"
+        " compute ± half of its 95 % interval, **in margins** of the study (0.5 points of accuracy, 0.02 bits per byte,"
+        " 0.004 of squared error), so that studies can be put side by side; above 0 is better."
+    )
+    yield ""
+    yield from rows
+
+
 def _study(study: Landed, scale: str) -> Iterator[str]:
     about, digits = study.about, _digits(study)
     settings = about["settings"]
@@ -196,6 +218,7 @@ def _repeat(scale: str) -> Iterator[str]:
     yield ""
     yield f"    python -m benchmarks.studies --scale {scale} --texts TEXTS.tar.gz --resume --share 1/2 &"
     yield f"    python -m benchmarks.studies --scale {scale} --texts TEXTS.tar.gz --resume --share 2/2"
+    yield f"    python -m benchmarks.studies.policies --scale {scale} --texts TEXTS.tar.gz"
     yield "    python -m benchmarks.studies.page"
     yield ""
     yield (
