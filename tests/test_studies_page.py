@@ -115,3 +115,15 @@ def test_studies_have_names_of_their_own() -> None:
         assert len(names(scale)) == len(set(names(scale))) == 10
     study = load("small", "vit-mislabelled-30", Sources())
     assert study.name == "vit-mislabelled-30" and study.title.endswith("mislabelled 30 %")
+
+
+def test_the_page_says_whether_the_default_is_what_was_asked(tmp_path: Path) -> None:
+    def said(**gains: float) -> str:
+        for name, gain in gains.items():
+            write_results(tmp_path, name.replace("_", "-"), {"harvest": gain})
+        return next(line for line in lines(tmp_path, "small") if line.startswith("Of attent's defaults"))
+
+    # The pairs differ by ± 0.05: an interval of ± 0.12.
+    assert "**met**. Interval above 0: `vit`, `gpt`, `mae`; mean at least 0: none;" in said(vit=1.0, gpt=0.2, mae=0.5)
+    found = said(vit=1.0, gpt=0.1, mae=-0.1, gpt_lora=-1.0)
+    assert "**not met**" in found and "mean below 0 within the interval: `mae`; interval below 0: `gpt-lora`." in found
