@@ -31,6 +31,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 POISON = (float("nan"), float("inf"), -float("inf"), 3e38, -3e38)
 TINY = (1e-42, -1e-42, 0.0, -0.0)  # denormal in float32
 
+#: How often inputs are drawn: a few times in the fast tier, many in the slow one.
+DRAWS = pytest.mark.parametrize("draws", [8, pytest.param(40, marks=pytest.mark.slow)])
+
 B, T, D, V, H = 4, 5, 6, 11, 2
 TARGET = torch.arange(B * T).view(B, T) * 7 % V
 CLASS = TARGET[:, 0]
