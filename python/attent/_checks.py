@@ -73,6 +73,16 @@ def check_has_values(argument: str, value: Tensor) -> None:
         refuse(argument, describe(value), "a tensor with values")
 
 
+def check_ids(example_ids: Tensor, num_examples: int) -> None:
+    """Refuse ids outside [0, N), where they can be read at no cost, and ids without values."""
+    check_has_values("example_ids", example_ids)
+    if values_readable(example_ids) and example_ids.numel() > 0:
+        low, high = (int(bound) for bound in example_ids.aminmax())
+        if low < 0 or high >= num_examples:
+            takes = f"ids in [0, num_examples={num_examples}), as attent.indexed gives them"
+            refuse("example_ids", low if low < 0 else high, takes)
+
+
 def has_shape(value: Tensor, shape: Sequence[int | None]) -> bool:
     """Whether ``value`` is of this shape; None: any size."""
     if value.dim() != len(shape):

@@ -17,12 +17,12 @@ from ._checks import (
     FLOATING,
     INTEGER,
     check_has_values,
+    check_ids,
     check_int,
     check_number,
     check_tensor,
     describe,
     refuse,
-    values_readable,
 )
 from .distributed import rank_and_world, sum_over_ranks
 from .harvest import Harvest
@@ -224,7 +224,7 @@ class Teacher:
         check_tensor("example_ids", example_ids, "int64 [B]", shape=(None,), dtypes=INTEGER)
         check_tensor("scores", scores, "floating-point [B], like example_ids", shape=example_ids.shape, dtypes=FLOATING)
         check_has_values("scores", scores)
-        self._check_ids(example_ids)
+        check_ids(example_ids, self._num_examples)
         if get_worker_info() is not None:
             raise RuntimeError("record() was called in a DataLoader worker; call it in the training loop")
         harvest.record(example_ids, scores)
@@ -317,7 +317,7 @@ class Teacher:
             return lesson_weights(inclusion) if reweight else torch.ones_like(inclusion)
         check_tensor("example_ids", example_ids, "int64 [B], or a Selection", shape=(None,), dtypes=INTEGER)
         epoch = self._need_examples("weights()").epoch
-        self._check_ids(example_ids)
+        check_ids(example_ids, self._num_examples)
         if not reweight or epoch < 0 or self._plan.is_full(epoch):
             return torch.ones(example_ids.shape, device=example_ids.device)
         assert self._lessons is not None
@@ -388,17 +388,6 @@ class Teacher:
     def _need_epochs(self, caller: str) -> None:
         if self._plan.unit != "epoch":
             refuse(caller, "a Teacher made with total_steps", "one made with num_examples and total_epochs")
-
-    def _check_ids(self, example_ids: Tensor) -> None:
-        """Refuse ids outside [0, N), where they can be read at no cost, and ids without values."""
-        check_has_values("example_ids", example_ids)
-        if values_readable(example_ids) and example_ids.numel() > 0:
-            low, high = (int(bound) for bound in example_ids.aminmax())
-            if low < 0 or high >= self._num_examples:
-                bad = low if low < 0 else high
-                refuse(
-                    "example_ids", bad, f"ids in [0, num_examples={self._num_examples}), as attent.indexed gives them"
-                )
 
     def _need_examples(self, caller: str) -> Harvest:
         if self._harvest is None:

@@ -177,8 +177,8 @@ class OnePass:
             losses: as :meth:`__call__` returned them.
             index: int64 ``[k]`` rows of the batch, in any order; a repeated one counts as often as it comes.
             weights: floating-point ``[k]``; they get no gradient.
-            denominator: a number above 0, for instance of all accumulated batches' rows or tokens, or a tensor of one; it
-                gets no gradient.
+            denominator: a number above 0, or a tensor of one, for instance of all accumulated batches' rows or tokens;
+                it gets no gradient.
 
         Raises:
             ValueError: naming the argument, what came and what is taken.
