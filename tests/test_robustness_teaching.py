@@ -6,32 +6,19 @@ Layouts, poison and draws as in ``test_robustness.py``; the slow tier draws many
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import attent
 
-from .test_robustness import DRAWS, LAYOUTS, POISON, TINY, assert_same, normal
+from .test_robustness import DRAWS, LAYOUTS, POISON, TINY, assert_same, drawn, normal
 from .test_robustness_objects import N, adversarial
 
 B = 6
-
-
-def drawn(draws: int, body: Callable[[Any], None]) -> None:
-    """Run ``body`` on ``draws`` examples."""
-
-    @settings(max_examples=draws)
-    @given(data=st.data())
-    def run(data: st.DataObject) -> None:
-        body(data)
-
-    run()
 
 
 def viewed(data: Any, tensor: Tensor) -> Tensor:
