@@ -32,7 +32,7 @@ POISON = (float("nan"), float("inf"), -float("inf"), 3e38, -3e38)
 TINY = (1e-42, -1e-42, 0.0, -0.0)  # denormal in float32
 
 #: How often inputs are drawn: a few times in the fast tier, many in the slow one.
-DRAWS = pytest.mark.parametrize("draws", [8, pytest.param(40, marks=pytest.mark.slow)])
+DRAWS = pytest.mark.parametrize("draws", [8, pytest.param(100, marks=pytest.mark.slow)])
 
 
 def drawn(draws: int, body: Callable[[Any], None]) -> None:
