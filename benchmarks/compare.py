@@ -35,6 +35,10 @@ from attent.demo.intervals import mean, standard_deviation, t_quantile
 PROGRAMS = ("attention", "linear_cross_entropy", "select", "steps", "cpu")
 #: What a result's machine is; a difference in any makes ratios say little.
 MACHINE = ("gpu", "driver", "processor", "cores", "torch_threads", "torch", "triton", "python", "native_module")
+#: Times that a result holds only over another of the same run.
+RATIOS = ("step / full", "step / full, torch.compile")
+#: Numbers that say which item of a list this is; others are measured.
+IDENTIFIES = ("r", "batch", "ratio", "k")
 
 
 class Ratio(NamedTuple):
@@ -58,17 +62,32 @@ class Ratio(NamedTuple):
 
 
 def medians(result: Any, path: tuple[str, ...] = (), rounds: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, spread) of every time in a result, whatever its form: all objects with a "median" under "seconds"."""
+    """(where, spread) of every time in a result: those with a "median" under "seconds", ``RATIOS``.
+
+    An item of a list goes by what identifies it: its texts and its numbers that are no measurements (``r``, ``batch``).
+    """
+    if isinstance(result, list):
+        for item in result:
+            yield from medians(item, (*path, *name_of(item)), rounds)
     if not isinstance(result, dict):
         return
     rounds = result.get("rounds", rounds) if isinstance(result.get("rounds", rounds), int) else rounds
     if "median" in result:
-        if any(part.startswith("seconds") for part in path):
-            where = [part for part in path if part not in ("rows", "contenders", "seconds")]
+        if any(part.startswith("seconds") or part in RATIOS for part in path):
+            where = [part for part in path if part not in ("rows", "contenders", "learners", "seconds")]
             yield " | ".join(where), result | {"rounds": rounds}
         return
     for name, value in result.items():
         yield from medians(value, (*path, name), rounds)
+
+
+def name_of(item: Any) -> tuple[str, ...]:
+    """An item of a list, in words: ``{"engine": "eager", "r": 0.5, …}`` is "eager, r 0.5"."""
+    if not isinstance(item, dict):
+        return ()
+    texts = [value for value in item.values() if isinstance(value, str)]
+    sizes = [f"{name} {item[name]:g}" for name in IDENTIFIES if isinstance(item.get(name), (int, float))]
+    return (", ".join(texts + sizes),) if texts or sizes else ()
 
 
 def notch(spread: dict[str, Any]) -> tuple[float, float] | None:
@@ -231,7 +250,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def is_ours(where: str) -> bool:
-    """A row of attent's: its contender's name begins so; in files without contenders, all are."""
+    """A row of attent's: its contender's name begins so; in files without contenders, all are but masked losses."""
+    if where.rpartition(" | ")[2] in RATIOS:
+        return "masked" not in where
     return where.rpartition(" | ")[2].startswith("attent") or " | " not in where
 
 

@@ -1,7 +1,7 @@
 """The targets of a GPU, and what committed results of the GPU suite say about each: ``docs/performance.md``.
 
 A result is a file ``benchmarks/results/<gpu>/<date>.json`` of ``benchmarks.gpu_suite``. Of several, the newest that
-holds a row counts, and in it the run of the last commit that has the row.
+holds a row counts, and in it the run of the last commit that has the row. The last rows are of the teaching studies.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import studies_table
 from .provenance import RESULTS
 
 PAGE = RESULTS.parent.parent / "docs" / "performance.md"
@@ -88,9 +89,6 @@ TARGETS = (
            over("attent triton", "torch.topk")),
     Target("the same, k n/2 / `torch.sort(stable=True)`", "≤ 1.0", "select", "n 1,000,000, k 500,000, hard",
            over("attent triton", "torch.sort, stable")),
-    Target("harvest's teaching seconds / seconds saved", "≤ 0.01", "", "", lambda row: None),
-    Target("seconds to full training's final metric, vision", "−20.6 %", "", "", lambda row: None),
-    Target("the same, language", "−13.0 %", "", "", lambda row: None),
 )  # fmt: skip
 
 
@@ -126,3 +124,4 @@ def lines(results: Path = RESULTS) -> Iterator[str]:
         where = f"[{path.parent.name}/{path.stem}](../benchmarks/results/{path.parent.name}/{path.name})"
         machine = f"{provenance.get('gpu', 'unknown GPU')}, commit {provenance['commit'][:7]}"
         yield f"| {target.what} | {value:.3g} | {target.limit} | {machine}: {where} |"
+    yield from studies_table.targets(results)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import gpu_targets, score_quality_page
+from . import gpu_targets, score_quality_page, studies_table
 from .one_pass import TARGETS
 from .provenance import RESULTS
 
@@ -28,7 +28,7 @@ def newest(name: str) -> tuple[Path, dict[str, Any]] | None:
 
 def section() -> str:
     """What stands between README's marks."""
-    return "\n".join([BEGIN, "", *_teaching(), "", *_cost(), "", *_one_pass(), END])
+    return "\n".join([BEGIN, "", *_teaching(), "", *studies_table.lines(), "", *_cost(), "", *_one_pass(), END])
 
 
 def pages() -> dict[Path, str]:

@@ -113,6 +113,20 @@ def test_a_committed_result_is_read() -> None:
     assert found and all(ratio.value == 1.0 for ratio in found.values())
 
 
+def test_results_within_lists_go_by_what_identifies_them() -> None:
+    content = json.loads(max((RESULTS / "one_pass").glob("*.json")).read_text(encoding="utf-8"))
+    found = of_files(content, content)
+    assert found["ViT | eager, r 0.5 | step / full"].value == 1.0
+    assert len(found) >= 2 * 5 * 3  # learners, engines, ratios
+    slower = json.loads(json.dumps(content))
+    row = next(row for row in slower["learners"]["GPT"]["rows"] if (row["engine"], row["r"]) == ("two_pass", 0.25))
+    row["step / full"] = {name: 2 * value for name, value in row["step / full"].items()} | {"rounds": 7}
+    changed = {where: ratio for where, ratio in of_files(content, slower).items() if ratio.value != 1.0}
+    assert list(changed) == ["GPT | two_pass, r 0.25 | step / full"] and compare.is_ours(next(iter(changed)))
+    assert changed["GPT | two_pass, r 0.25 | step / full"].verdict(0.03) == "slower"
+    assert not compare.is_ours("GPT | masked, r 0.25 | step / full")
+
+
 @pytest.mark.slow
 def test_two_commits_run_their_own_code_and_leave_no_worktree(capsys: pytest.CaptureFixture[str]) -> None:
     if not (compare.CHECKOUT / ".git").exists():

@@ -31,6 +31,21 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 POISON = (float("nan"), float("inf"), -float("inf"), 3e38, -3e38)
 TINY = (1e-42, -1e-42, 0.0, -0.0)  # denormal in float32
 
+#: How often inputs are drawn: a few times in the fast tier, many in the slow one.
+DRAWS = pytest.mark.parametrize("draws", [8, pytest.param(100, marks=pytest.mark.slow)])
+
+
+def drawn(draws: int, body: Callable[[Any], None]) -> None:
+    """Run ``body`` on ``draws`` examples."""
+
+    @settings(max_examples=draws)
+    @given(data=st.data())
+    def run(data: st.DataObject) -> None:
+        body(data)
+
+    run()
+
+
 B, T, D, V, H = 4, 5, 6, 11, 2
 TARGET = torch.arange(B * T).view(B, T) * 7 % V
 CLASS = TARGET[:, 0]
@@ -100,49 +115,56 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-@settings(max_examples=8)
-@given(data=st.data())
-def test_strides_change_nothing_and_inputs_are_left_alone(op: str, data: st.DataObject) -> None:
-    run = OPS[op][0]
-    views = [LAYOUTS[data.draw(st.sampled_from(sorted(LAYOUTS)))](tensor) for tensor in inputs_of(op)]
-    plain = [view.clone(memory_format=torch.contiguous_format) for view in views]
-    found = run(*views)
-    assert_same(found, run(*plain))
-    assert all(torch.equal(view, before) for view, before in zip(views, plain, strict=True))
+@DRAWS
+def test_strides_change_nothing_and_inputs_are_left_alone(op: str, draws: int) -> None:
+    def body(data: Any) -> None:
+        run = OPS[op][0]
+        views = [LAYOUTS[data.draw(st.sampled_from(sorted(LAYOUTS)))](tensor) for tensor in inputs_of(op)]
+        plain = [view.clone(memory_format=torch.contiguous_format) for view in views]
+        found = run(*views)
+        assert_same(found, run(*plain))
+        assert all(torch.equal(view, before) for view, before in zip(views, plain, strict=True))
+
+    drawn(draws, body)
 
 
 @pytest.mark.parametrize("op", OPS)
-@settings(max_examples=12)
-@given(data=st.data())
-def test_poison_stays_in_its_example_and_never_looks_like_an_answer(op: str, data: st.DataObject) -> None:
-    run, shapes, count = OPS[op]
-    tensors = inputs_of(op)
-    clean = run(*tensors)
-    which, example = data.draw(st.integers(0, count - 1)), data.draw(st.integers(0, B - 1))
-    value = data.draw(st.sampled_from(POISON))
-    place = tuple(data.draw(st.integers(0, size - 1)) for size in shapes[which][1:])
-    tensors[which][(example, *place)] = value
-    found = run(*tensors)
-    others = [i for i in range(B) if i != example]
-    for name in clean:
-        # Not bit for bit: PyTorch's fast kernel loses what is not finite, so a batch that holds such goes another way.
-        assert_same({name: found[name][others]}, {name: clean[name][others]})
-    if value != value:
-        assert found["scores"][example].isnan()
+@DRAWS
+def test_poison_stays_in_its_example_and_never_looks_like_an_answer(op: str, draws: int) -> None:
+    def body(data: Any) -> None:
+        run, shapes, count = OPS[op]
+        tensors = inputs_of(op)
+        clean = run(*tensors)
+        which, example = data.draw(st.integers(0, count - 1)), data.draw(st.integers(0, B - 1))
+        value = data.draw(st.sampled_from(POISON))
+        place = tuple(data.draw(st.integers(0, size - 1)) for size in shapes[which][1:])
+        tensors[which][(example, *place)] = value
+        found = run(*tensors)
+        others = [i for i in range(B) if i != example]
+        for name in clean:
+            # Not bit for bit: PyTorch's fast kernel loses what is
+            # not finite, so a batch that holds such goes another way.
+            assert_same({name: found[name][others]}, {name: clean[name][others]})
+        if value != value:
+            assert found["scores"][example].isnan()
+
+    drawn(draws, body)
 
 
 @pytest.mark.parametrize("op", OPS)
-@settings(max_examples=4)
-@given(data=st.data())
-def test_denormals_and_signed_zeros_are_numbers(op: str, data: st.DataObject) -> None:
-    run, _, count = OPS[op]
-    tensors = inputs_of(op)
-    which = data.draw(st.integers(0, count - 1))
-    tensors[which].flatten()[::3] = 0
-    tensors[which].view(-1)[::2] = data.draw(st.sampled_from(TINY))
-    assert all(bool(value.isfinite().all()) for value in run(*tensors).values())
-    tensors[which].fill_(TINY[0])
-    assert all(bool(value.isfinite().all()) for value in run(*tensors).values())
+@DRAWS
+def test_denormals_and_signed_zeros_are_numbers(op: str, draws: int) -> None:
+    def body(data: Any) -> None:
+        run, _, count = OPS[op]
+        tensors = inputs_of(op)
+        which = data.draw(st.integers(0, count - 1))
+        tensors[which].flatten()[::3] = 0
+        tensors[which].view(-1)[::2] = data.draw(st.sampled_from(TINY))
+        assert all(bool(value.isfinite().all()) for value in run(*tensors).values())
+        tensors[which].fill_(TINY[0])
+        assert all(bool(value.isfinite().all()) for value in run(*tensors).values())
+
+    drawn(draws, body)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 4), (2, 2, 9, 4), (1, 2, 70, 8)])

@@ -26,7 +26,11 @@ def refuse(argument: str, got: object, takes: str) -> NoReturn:
 def describe(value: object) -> str:
     """A short description of what was passed: a tensor by its shape, dtype and device, anything else by its repr."""
     if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
+        kind = str(value.dtype).removeprefix("torch.")
+        if not is_strided(value):  # its shape may not even be defined
+            kind += " nested" if value.is_nested else " " + str(value.layout).removeprefix("torch.")
+            return f"a {kind} tensor on {value.device}"
+        return f"a {kind} tensor of shape {tuple(value.shape)} on {value.device}"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}... ({type(value).__name__})"
 
@@ -42,10 +46,13 @@ def check_tensor(
 ) -> Tensor:
     """Refuse ``value`` unless it is a tensor of this shape (None: any size), one of these dtypes, on this device.
 
+    Sparse and nested tensors are refused: no op here reads their layouts.
     ``takes`` is a function where it names sizes: they may be symbols, which a compiler's trace cannot put into words.
     """
     if not isinstance(value, Tensor):
         refuse(argument, describe(value), in_words(takes))
+    if not is_strided(value):
+        refuse(argument, describe(value), f"{in_words(takes)}, a dense tensor")
     if shape is not None and not has_shape(value, shape):
         refuse(argument, describe(value), in_words(takes))
     if dtypes is not None and value.dtype not in dtypes:
@@ -53,6 +60,27 @@ def check_tensor(
     if device is not None and value.device != device:
         refuse(argument, describe(value), f"{in_words(takes)}, on {device} like the other tensors")
     return value
+
+
+def is_strided(value: Tensor) -> bool:
+    """Whether ``value`` has elements at strides: neither sparse nor nested."""
+    return value.layout == torch.strided and not value.is_nested
+
+
+def check_has_values(argument: str, value: Tensor) -> None:
+    """Refuse a meta tensor, for what is kept and read later: the error would come far from its cause."""
+    if value.is_meta:
+        refuse(argument, describe(value), "a tensor with values")
+
+
+def check_ids(example_ids: Tensor, num_examples: int) -> None:
+    """Refuse ids outside [0, N), where they can be read at no cost, and ids without values."""
+    check_has_values("example_ids", example_ids)
+    if values_readable(example_ids) and example_ids.numel() > 0:
+        low, high = (int(bound) for bound in example_ids.aminmax())
+        if low < 0 or high >= num_examples:
+            takes = f"ids in [0, num_examples={num_examples}), as attent.indexed gives them"
+            refuse("example_ids", low if low < 0 else high, takes)
 
 
 def has_shape(value: Tensor, shape: Sequence[int | None]) -> bool:

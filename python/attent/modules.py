@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._checks import FLOATING, autocast_dtype, check_choice, check_int, check_tensor, refuse
+from ._checks import FLOATING, autocast_dtype, check_choice, check_int, check_tensor, describe, refuse
 from .ops.dispatch import BACKENDS
 from .ops.linear_cross_entropy import check_constant, check_options, check_scores, linear_cross_entropy
 from .ops.scored_attention import Readout, check_lengths, scored_attention
@@ -102,6 +102,10 @@ class ScoringHead(nn.Module):
         Raises:
             ValueError: naming the argument, what came and what is taken.
         """
+        takes = f"floating-point [..., in_features={self.in_features}]"
+        check_tensor("hidden", hidden, takes, dtypes=FLOATING)
+        if hidden.dim() < 1 or hidden.shape[-1] != self.in_features:
+            refuse("hidden", describe(hidden), takes)
         if target is None:
             logits, softcap = F.linear(hidden, self.weight, self.bias), self.options["softcap"]
             return logits if softcap is None else softcap * (logits / softcap).tanh()

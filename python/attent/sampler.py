@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from ._checks import INTEGER, check_int, check_tensor, describe, refuse
+from ._checks import INTEGER, check_has_values, check_int, check_tensor, describe, refuse
 from .distributed import rank_and_world
 from .packing import check_fits, pack
 from .seeds import Use, mix_seed
@@ -105,10 +105,11 @@ class TeachingSampler(Sampler[Any]):
         each = f"[num_examples={self._teacher.num_examples}] int, each in [1, max_tokens={max_tokens}]"
         takes = f"{each} (truncate longer ones)"
         if not isinstance(lengths, Tensor):
-            if not all(isinstance(length, int) for length in lengths):
+            if not isinstance(lengths, Sequence) or not all(_is_length(length) for length in lengths):
                 refuse("lengths", describe(lengths), takes)
             lengths = torch.tensor(lengths, dtype=torch.int64)
         check_tensor("lengths", lengths, takes, shape=(self._teacher.num_examples,), dtypes=INTEGER)
+        check_has_values("lengths", lengths)
         lengths = lengths.cpu()
         wrong = check_fits(lengths, max_tokens)
         if wrong is not None:
@@ -330,6 +331,11 @@ class _Pass(Iterator[Any]):
         if resume[0] > state["epoch"]:
             self._sampler._reset(*resume)
         self._units, self._yielded = None, 0
+
+
+def _is_length(value: object) -> bool:
+    """Whether an item of a list is an int that int64 holds."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
 
 
 def share_of(size: int, num_replicas: int, drop_last: bool) -> int:

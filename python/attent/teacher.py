@@ -13,7 +13,17 @@ from torch.distributed import ProcessGroup
 from torch.utils.data import get_worker_info
 
 from . import teacher_state
-from ._checks import FLOATING, INTEGER, check_int, check_number, check_tensor, describe, refuse, values_readable
+from ._checks import (
+    FLOATING,
+    INTEGER,
+    check_has_values,
+    check_ids,
+    check_int,
+    check_number,
+    check_tensor,
+    describe,
+    refuse,
+)
 from .distributed import rank_and_world, sum_over_ranks
 from .harvest import Harvest
 from .lesson import lesson_weights
@@ -213,16 +223,8 @@ class Teacher:
         harvest = self._need_examples("record()")
         check_tensor("example_ids", example_ids, "int64 [B]", shape=(None,), dtypes=INTEGER)
         check_tensor("scores", scores, "floating-point [B], like example_ids", shape=example_ids.shape, dtypes=FLOATING)
-        for name, tensor in (("example_ids", example_ids), ("scores", scores)):
-            if tensor.is_meta:  # it would be found when the next lesson is drawn
-                refuse(name, describe(tensor), "a tensor with values")
-        if values_readable(example_ids) and example_ids.numel() > 0:
-            low, high = (int(bound) for bound in example_ids.aminmax())
-            if low < 0 or high >= self._num_examples:
-                bad = low if low < 0 else high
-                refuse(
-                    "example_ids", bad, f"ids in [0, num_examples={self._num_examples}), as attent.indexed gives them"
-                )
+        check_has_values("scores", scores)
+        check_ids(example_ids, self._num_examples)
         if get_worker_info() is not None:
             raise RuntimeError("record() was called in a DataLoader worker; call it in the training loop")
         harvest.record(example_ids, scores)
@@ -258,6 +260,9 @@ class Teacher:
         """
         with self._teaching():
             check_tensor("scores", scores, "floating-point [n]", shape=(None,), dtypes=FLOATING)
+            check_has_values("scores", scores)
+            if process_group is not None and not isinstance(process_group, ProcessGroup):
+                refuse("process_group", describe(process_group), "a torch.distributed ProcessGroup or None")
             in_steps = self._plan.unit == "step"
             if in_steps and self._steps >= self._plan.total:
                 refuse("choose", f"call {self._steps + 1}", f"{self._plan.total} calls: total_steps ends the plan")
@@ -295,7 +300,8 @@ class Teacher:
         :func:`attent.linear_cross_entropy`.
 
         Raises:
-            ValueError: an id is not in the running lesson (on other devices than the CPU its weight is NaN).
+            ValueError: an id is not in [0, N), or not in the running lesson (on other devices than the CPU its weight
+                is NaN).
 
         >>> teacher = attent.Teacher(total_steps=10, ratio=0.5, warmup=0, reweight="inverse")
         >>> selection = teacher.choose(torch.rand(8))
@@ -304,10 +310,14 @@ class Teacher:
         """
         reweight = self._policy.reweight == "inverse"
         if isinstance(example_ids, Selection):
-            inclusion = example_ids.inclusion.float()
+            takes = "int64 [B], or a Selection whose inclusion is floating-point [k]"
+            inclusion = check_tensor("example_ids", example_ids.inclusion, takes, shape=(None,), dtypes=FLOATING)
+            check_has_values("example_ids", inclusion)
+            inclusion = inclusion.detach().float()
             return lesson_weights(inclusion) if reweight else torch.ones_like(inclusion)
         check_tensor("example_ids", example_ids, "int64 [B], or a Selection", shape=(None,), dtypes=INTEGER)
         epoch = self._need_examples("weights()").epoch
+        check_ids(example_ids, self._num_examples)
         if not reweight or epoch < 0 or self._plan.is_full(epoch):
             return torch.ones(example_ids.shape, device=example_ids.device)
         assert self._lessons is not None

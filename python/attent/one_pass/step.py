@@ -12,7 +12,18 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .._checks import FLOATING, check_choice, check_int, check_tensor, describe, refuse, values_readable
+from .._checks import (
+    FLOATING,
+    INTEGER,
+    check_choice,
+    check_has_values,
+    check_int,
+    check_number,
+    check_tensor,
+    describe,
+    refuse,
+    values_readable,
+)
 from .batch import Batch, modules_of
 from .chosen_loss import chosen_loss, whole_loss
 from .compiled import CompiledForward, CompileEngine
@@ -166,7 +177,8 @@ class OnePass:
             losses: as :meth:`__call__` returned them.
             index: int64 ``[k]`` rows of the batch, in any order; a repeated one counts as often as it comes.
             weights: floating-point ``[k]``; they get no gradient.
-            denominator: a number, for instance of all accumulated batches' rows or tokens.
+            denominator: a number above 0, or a tensor of one, for instance of all accumulated batches' rows or tokens;
+                it gets no gradient.
 
         Raises:
             ValueError: naming the argument, what came and what is taken.
@@ -289,6 +301,15 @@ def _check_choice_of_rows(
         weights = weights.detach().to(losses.dtype)
     if denominator is None:
         return weights / max(count, 1)
-    if isinstance(denominator, Tensor) and denominator.numel() != 1:
-        refuse("denominator", describe(denominator), "a number, or a tensor of one")
+    takes = "a number above 0, or a tensor of one"
+    if not isinstance(denominator, Tensor):
+        if count == 0 and denominator == 0:  # the number of the chosen, of whom there are none
+            return weights
+        check_number("denominator", denominator, low=0, open_low=True)
+        return weights / denominator
+    check_tensor("denominator", denominator, takes, dtypes=(*FLOATING, *INTEGER))
+    if denominator.numel() != 1 or (denominator.device != losses.device and denominator.dim() > 0):
+        refuse("denominator", describe(denominator), f"{takes}, on {losses.device} like the losses")
+    check_has_values("denominator", denominator)
+    denominator = denominator.detach().reshape(())
     return weights / denominator

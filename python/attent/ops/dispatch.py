@@ -16,7 +16,7 @@ import torch
 
 from attent_kernels import native
 
-from .._checks import refuse
+from .._checks import describe, refuse
 
 BACKENDS = ("cuda", "triton", "torch")
 
@@ -75,6 +75,8 @@ def choose(op: str, backend: str, device: torch.device, *call: Any) -> str:
     ``call`` is what a backend's ``refuses`` looks at, the same for each backend of an op.
     """
     table = _implementations[op]
+    if not isinstance(backend, str):
+        refuse("backend", describe(backend), "'auto', " + ", ".join(repr(b) for b in BACKENDS))
     if backend == "auto":
         for name in (MEASURED.get(op, {}).get(device.type), "triton" if device.type == "cuda" else None):
             if name in table and unavailable(name) is None and _refusal(op, name, call) is None:
