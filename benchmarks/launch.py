@@ -1,9 +1,9 @@
 """``python -m benchmarks.launch``: what happens on the host between a public call and its CUDA launch, in microseconds.
 
-No GPU is needed, and none is used: tensors are on the CPU, the dispatcher is told that they are on a GPU, and the native
-module's launching functions are replaced by their twins in ``_native.testing`` that take the same arguments and start
-nothing (by functions that return at once where there is no twin). So a call does all that it does before a launch but
-three questions to CUDA (current device, current stream, is it capturing) and CUDA's own allocator in the CPU's place.
+No GPU is needed, and none is used: tensors are on the CPU, the dispatcher is told that they are on a GPU, and what
+launches in the native module is replaced by its twin that takes the same arguments, checks them and starts nothing. So
+a call does all that it does before a launch but three questions to CUDA (current device, current stream, is it
+capturing), and it allocates from the CPU's allocator in place of CUDA's.
 
 A part's cost is the call's, less that of the call with the part replaced by something that has its answer ready. All
 variants run in turn, round by round; times are this process's processor seconds, which do not count what other
@@ -13,13 +13,13 @@ processes do, and the smallest is told beside the median, which still sees how t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -48,8 +48,7 @@ class Standing:
 
     def __init__(self, module: Any) -> None:
         self.__dict__.update({name: getattr(module, name) for name in dir(module)})
-        for name in ("select_top_k", "select_outputs", "scored_attention", "launch_scorer"):
-            setattr(self, name, getattr(module.testing, f"not_{name}", lambda *_: None))
+        self.select_top_k = module.testing.not_select_top_k
 
 
 @contextmanager
@@ -70,10 +69,10 @@ def without_launching() -> Iterator[None]:
         (linear_cross_entropy, "values_readable", lambda _: False),
         (select_top_k, "values_readable", lambda _: False),
     ]
-    if not torch.cuda.is_available():
-        stream = SimpleNamespace(cuda_stream=0)
-        patches.append((torch.cuda, "current_stream", lambda _: stream))
-    with patched(patches), torch.no_grad():
+    launches = native.module.ScorerLaunch, native.module.AttentionLaunch
+    with patched(patches), torch.no_grad(), ExitStack() as stack:
+        for launch in launches:  # a build without CUDA has no start
+            stack.enter_context(mock.patch.object(launch, "start", launch.not_start, create=True))
         yield
 
 
@@ -144,32 +143,46 @@ def parts(call: Call) -> dict[str, list[Patch]]:
         (*launchers[key], lambda *_, ready=ready, **options: ready) for key, ready in seen.items() if key in launchers
     ]
     direct: list[Patch] = [(torch.ops.attent, name, function) for name, function in ops.items()]
-    return {"launcher": launcher, "dispatcher": direct, "workspace": lent_at_once(call)}
+    return {
+        "launcher": launcher,
+        "dispatcher": direct,
+        "workspace": lent_at_once(call),
+        "outputs": allocated_at_once(call),
+    }
 
 
 def lent_at_once(call: Call) -> list[Patch]:
     """Workspaces that are there already."""
     ready: list[Any] = []
+    usual = runtime.lend
 
-    @contextmanager
-    def noted(*arguments: Any) -> Iterator[Any]:
-        with usual(*arguments) as lent:
-            ready.append(lent)
-            yield lent
-
-    class Lent:
-        def __enter__(self) -> Any:
-            return ready[0]
-
-        def __exit__(self, *_: object) -> None:
-            pass
+    def noted(*arguments: Any) -> Any:
+        ready.append(usual(*arguments))
+        return ready[-1]
 
     places = (runtime, cuda_select, launch_scorer_cuda)
-    usual = runtime.workspace
-    with patched([(place, "workspace", noted) for place in places]):
+    with patched([(place, "lend", noted) for place in places]):
         call()
-    lent = Lent()
-    return [(place, "workspace", lambda *_: lent) for place in places] if ready else []
+    return [(place, "lend", lambda *_: ready[0]) for place in places]
+
+
+def allocated_at_once(call: Call) -> list[Patch]:
+    """Outputs that are there already: each time a call asks for its i-th, it gets the same one."""
+    made: list[Tensor] = []
+    usual = runtime.allocator
+
+    def noted(device: torch.device) -> Any:
+        def empty(*of: Any) -> Tensor:
+            made.append(usual(device)(*of))
+            return made[-1]
+
+        return empty
+
+    places = (runtime, cuda_select, launch_scorer_cuda)
+    with patched([(place, "allocator", noted) for place in places]):
+        call()
+    again = itertools.cycle(made)
+    return [(place, "allocator", lambda _: lambda *_: next(again)) for place in places] if made else []
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
@@ -209,7 +222,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--save", action="store_true", help="keep the result under benchmarks/results/launch/")
     parser.add_argument("--json", type=Path, help="write the result there")
     asked = parser.parse_args(arguments)
-    result: dict[str, Any] = {"provenance": provenance(), "unit": "microseconds", "calls": {}}
+    scale = {"a Python call": lambda: None, "torch.empty(128)": lambda: torch.empty(128)}
+    result: dict[str, Any] = {
+        "provenance": provenance(),
+        "unit": "microseconds",
+        "scale": {
+            name: summary([seconds_each(call) * 1e6 for _ in range(asked.rounds)]) for name, call in scale.items()
+        },
+        "calls": {},
+    }
+    print(f"scale: {result['scale']}")
     for name, call in calls().items():
         row = result["calls"][name] = measure(call, asked.rounds)
         said = ", ".join(f"{part} {of['least']:.1f} ({of['median']:.1f})" for part, of in row.items())
