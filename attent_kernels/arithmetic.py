@@ -9,11 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import runtime
+from . import triton_target
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-_INTERPRETED = tl.constexpr(runtime.INTERPRETED)
+_INTERPRETED = tl.constexpr(triton_target.INTERPRETED)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from . import runtime
+from . import triton_target
 
 Configuration = TypeVar("Configuration", bound=tuple[Any, ...])
 
@@ -32,9 +32,14 @@ def pick(
 
     Nothing is measured while a CUDA graph is captured: launches would go into the graph.
     """
-    if not ENABLED or runtime.INTERPRETED or not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
+    if (
+        not ENABLED
+        or triton_target.INTERPRETED
+        or not torch.cuda.is_available()
+        or torch.cuda.is_current_stream_capturing()
+    ):
         return table
-    key = (kernel, runtime.compute_capability(), shape_class)
+    key = (kernel, triton_target.compute_capability(), shape_class)
     if key not in _best:
         _best[key] = _search(key, dict.fromkeys((table, *candidates())), launch)
     best: Configuration = _best[key]

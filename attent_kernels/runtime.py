@@ -1,4 +1,4 @@
-"""What every launcher of a kernel needs: the device it runs on, and the memory it is lent for one launch.
+"""What every launcher needs, without Triton: device and stream, outputs, and the memory that a launch is lent.
 
 A workspace is scratch memory and tickets. Eagerly it is cached per device and stream, where launches follow one
 another: it grows and never shrinks. While a CUDA graph is captured it is fresh from the capture's own pool, zeroed by
@@ -10,46 +10,158 @@ ticket of a counter resets it. A launch that raises zeroes them from the host.
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
-try:
-    import triton
-except ImportError:  # the CUDA kernels do without
-    triton = None
-
-#: Whether kernels run in Triton's interpreter, on CPU tensors. Decided when they are decorated, that is: once.
-INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)
-
 #: Scratch tensors start at multiples of this: the widest access, and what Triton's specialisation looks for.
 _ALIGNMENT = 256
 
-_Key = tuple[torch.device, int]
-_scratch: dict[_Key, Tensor] = {}  # uint8
-_tickets: dict[_Key, Tensor] = {}  # int32
+#: (shape, strides, dtype) -> a tensor whose values are not set.
+Allocate = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
 
 
-def compute_capability() -> int:
-    """Of the device that the next launch goes to: 80, 90, 100, …; 0 in the interpreter."""
-    return 0 if INTERPRETED else int(triton.runtime.driver.active.get_current_target().arch)
+# ------------------------------------------------------------------------------------------------------ device, stream
 
 
+@functools.cache
 def processors(device: torch.device) -> int:
-    """How many streaming multiprocessors ``device`` has; 4 in the interpreter, those of an H100 where there is none."""
+    """How many streaming multiprocessors ``device`` has; 4 on a CPU, those of an H100 where there is no device."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return 4 if INTERPRETED else 132
+    return 4 if device.type == "cpu" else 132
+
+
+_HERE = nullcontext()
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device: make that the tensor's."""
-    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
-        return nullcontext()
+    """Kernels are launched on the current device: make that the tensor's."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _HERE
     return torch.cuda.device(tensor.device)
+
+
+# Of a build of PyTorch with CUDA: the current stream's handle without the Stream that torch.cuda makes around it.
+_raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def current_stream(device: torch.device) -> int:
+    """The handle of the stream that work on ``device`` goes to; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.current_stream(device).cuda_stream if _raw_stream is None else _raw_stream(device.index)
+
+
+#: So many kinds of calls are remembered: packed batches have as many as they have lengths.
+_MOST_REMEMBERED = 1024
+
+
+def remember(kinds: dict[Hashable, Any], kind: Hashable, launch: Any) -> None:
+    """Keep what was worked out for a kind of call; all are forgotten when there are too many."""
+    if len(kinds) >= _MOST_REMEMBERED:
+        kinds.clear()
+    kinds[kind] = launch
+
+
+# ------------------------------------------------------------------------------------------------------------- outputs
+
+# What the code that torch.compile generates allocates with: straight to the allocator, half of torch.empty's time.
+_guards: Any = getattr(torch._C._dynamo, "guards", None)
+_on_cpu: Allocate | None = getattr(_guards, "_empty_strided_cpu", None)
+_on_current_gpu: Allocate | None = getattr(_guards, "_empty_strided_cuda", None)
+
+
+def allocator(device: torch.device) -> Allocate:
+    """What makes outputs of launches on ``device``, each with memory of its own.
+
+    Not parts of one allocation: a view costs what an allocation does, keeps all of it alive as long as one part is
+    used, and an operator's outputs must not share memory.
+    """
+    fast = None
+    if device.type == "cpu":
+        fast = _on_cpu
+    elif device.type == "cuda" and device.index == torch.cuda.current_device():
+        fast = _on_current_gpu
+    return functools.partial(torch.empty_strided, device=device) if fast is None else fast
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a tensor whose rows lie one after another."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+# ----------------------------------------------------------------------------------------------------------- workspaces
+
+
+class Workspace:
+    """Memory lent to the launches of one stream; as a context, to one launch. A larger one replaces it, unchanged.
+
+    ``stream``, ``tickets`` and ``scratch`` are what a native launcher takes: a handle and addresses.
+    """
+
+    __slots__ = ("counters", "memory", "scratch", "scratch_bytes", "stream", "ticket_count", "tickets")
+
+    def __init__(self, counters: Tensor, memory: Tensor, stream: int) -> None:
+        self.counters, self.memory, self.stream = counters, memory, stream  # int32, uint8
+        self.tickets, self.scratch = counters.data_ptr(), memory.data_ptr()
+        self.ticket_count, self.scratch_bytes = counters.numel(), memory.numel()
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.counters.zero_()
+
+
+#: By device, and by what is one after the other there: a stream of a GPU, a thread of the interpreter.
+_workspaces: dict[tuple[torch.device, int], Workspace] = {}
+
+
+def lend(device: torch.device, tickets: int, scratch_bytes: int) -> Workspace:
+    """A workspace of at least ``tickets`` zeros and ``scratch_bytes`` for a launch on the current stream."""
+    stream = current_stream(device)
+    if device.type != "cuda":
+        key = device, threading.get_ident()
+    elif torch.cuda.is_current_stream_capturing():
+        return Workspace(_zeros(device, tickets), _memory(device, scratch_bytes), stream)
+    else:
+        key = device, stream
+    lent = _workspaces.get(key)
+    if lent is None or lent.ticket_count < tickets or lent.scratch_bytes < scratch_bytes:
+        # What is too small is freed when its last user lets go, for work that this stream does later.
+        enough = lent is not None and lent.ticket_count >= tickets
+        counters = lent.counters if lent is not None and enough else _zeros(device, _grown(tickets))
+        enough = lent is not None and lent.scratch_bytes >= scratch_bytes
+        memory = lent.memory if lent is not None and enough else _memory(device, _grown(scratch_bytes))
+        lent = _workspaces[key] = Workspace(counters, memory, stream)
+    return lent
+
+
+# Made within inference mode they could not be changed outside of it.
+@torch.inference_mode(False)
+def _zeros(device: torch.device, count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int32, device=device)
+
+
+@torch.inference_mode(False)
+def _memory(device: torch.device, size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def _grown(size: int) -> int:
+    """The next power of two, so that sizes that creep up do not allocate every time; 1 KiB at least."""
+    return max(1024, 1 << max(0, size - 1).bit_length())
 
 
 @contextmanager
@@ -65,43 +177,20 @@ def workspace(
     for length, dtype in scratch:
         size += -(-length * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
         ends.append(size)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        counters = torch.zeros(tickets, dtype=torch.int32, device=device)
-        memory = torch.empty(size, dtype=torch.uint8, device=device)
-    else:
-        counters, memory = _cached(device, tickets, size)
-    parts = [
-        memory[start : start + length * dtype.itemsize].view(dtype)
-        for start, (length, dtype) in zip([0, *ends], scratch, strict=False)
-    ]
-    try:
-        yield counters[:tickets], *parts
-    except BaseException:
-        counters.zero_()
-        raise
-
-
-def _cached(device: torch.device, tickets: int, size: int) -> tuple[Tensor, Tensor]:
-    # What is one after the other on a GPU is a stream; in the interpreter it is a thread.
-    key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else threading.get_ident())
-    if key not in _tickets or _tickets[key].numel() < tickets:
-        _tickets[key] = torch.zeros(_grown(tickets), dtype=torch.int32, device=device)
-    if key not in _scratch or _scratch[key].numel() < size:
-        _scratch[key] = torch.empty(_grown(size), dtype=torch.uint8, device=device)
-    return _tickets[key], _scratch[key]
-
-
-def _grown(size: int) -> int:
-    """The next power of two, so that sizes that creep up do not allocate every time; 1 KiB at least."""
-    return max(1024, 1 << max(0, size - 1).bit_length())
+    with lend(device, tickets, size) as lent:
+        parts = [
+            lent.memory[start : start + length * dtype.itemsize].view(dtype)
+            for start, (length, dtype) in zip([0, *ends], scratch, strict=False)
+        ]
+        yield lent.counters[:tickets], *parts
 
 
 def poison_workspaces() -> None:
     """For tests: fill all cached scratch memory with bytes that are NaN as floats and impossible as indices."""
-    for memory in _scratch.values():
-        memory.fill_(0xFF)
+    for lent in _workspaces.values():
+        lent.memory.fill_(0xFF)
 
 
 def open_tickets() -> int:
     """For tests: how many tickets the launches so far have left above 0."""
-    return sum(int(counters.count_nonzero()) for counters in _tickets.values() if not counters.is_meta)
+    return sum(int(lent.counters.count_nonzero()) for lent in _workspaces.values() if not lent.counters.is_meta)

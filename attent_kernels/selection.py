@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from .block_sort import power_of_two, sort_in_memory, sort_in_registers
+from .pools import MAX_IN_LAUNCH as MAX_IN_LAUNCH
 from .ranks import (
     FIRST_RANK,
     LAST_RANK,
@@ -42,9 +43,6 @@ from .ranks import (
     rank_of,
     value_of_code,
 )
-
-#: A larger pool ends its launch with scores: one program alone would take too long over it.
-MAX_IN_LAUNCH = 16384
 
 #: How many examples a pass looks at, and how many keys are sorted, at a time. On 4 warps that is 8 a thread: the
 #: temporaries of the noise, or the keys and their partners, fit the registers.

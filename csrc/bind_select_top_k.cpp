@@ -51,6 +51,10 @@ gpu::SelectTopKArgs arguments(uintptr_t score, int dtype, uintptr_t valid, int64
             delayed};
 }
 
+gpu::Status not_launched(const gpu::SelectTopKArgs& args, cudaStream_t) {
+    return gpu::check_select_top_k(args);
+}
+
 // call(Score{}) with the type of the dtype.
 template <typename Call>
 auto with_score(gpu::Dtype dtype, Call call) {
@@ -168,19 +172,12 @@ void bind_select_top_k(py::module_& module, py::module_& testing) {
     testing.def("select_top_k", &on_host, py::arg("args"), py::arg("how"), py::arg("backwards"),
                 "What the kernels do, one thread of one block after another.");
     testing.def("select_outputs", &outputs_on_host, "What follows the sort, where the plan is not finished.");
+    testing.def("not_select_top_k", launching(&not_launched, &arguments), "As select_top_k, up to the launch.");
 #if defined(ATTENT_CUDA)
-    module.def(
-        "select_top_k",
-        [](const gpu::SelectTopKArgs& args, uintptr_t stream) {
-            raise_unless_ok(gpu::launch_select_top_k(args, stream_of(stream)));
-        },
-        "attent::gpu::launch_select_top_k of csrc/cuda/select_top_k.h.");
-    module.def(
-        "select_outputs",
-        [](const gpu::SelectTopKArgs& args, uintptr_t stream) {
-            raise_unless_ok(gpu::launch_select_outputs(args, stream_of(stream)));
-        },
-        "attent::gpu::launch_select_outputs of csrc/cuda/select_top_k.h.");
+    module.def("select_top_k", launching(&gpu::launch_select_top_k, &arguments),
+               "attent::gpu::launch_select_top_k of csrc/cuda/select_top_k.h: SelectTopKArgs, then the stream.");
+    module.def("select_outputs", launching(&gpu::launch_select_outputs, &arguments),
+               "attent::gpu::launch_select_outputs of csrc/cuda/select_top_k.h.");
 #endif
 }
 

@@ -1,8 +1,10 @@
 // The scorer's launch shapes and workspace: host arithmetic, built and tested where there is no CUDA compiler.
 #include <cstdint>
 
+#include "cuda/lent_memory.h"
 #include "cuda/scorer.h"
 #include "cuda/scorer/tiles.h"
+#include "cuda/select.cuh"
 
 namespace attent::gpu::scorer {
 
@@ -47,6 +49,28 @@ const char* hopper_scorer_refuses(const ScorerArgs& args) {
     }
     if (row < args.width || args.weight_row < args.width) return "rows of input and linear_weight overlap";
     return nullptr;
+}
+
+int64_t lay_out_scorer(ScorerKernel kernel, ScorerArgs& args, uintptr_t memory) {
+    const ScorerTiles tiles = scorer_tiles(kernel, sums_of(kernel, args));
+    const int64_t capacity = static_cast<int64_t>(args.row_tiles) * tiles.rows;
+    const bool has_head = args.head != nullptr, makes_choice = args.choice.score != nullptr;
+    // Without class weights a token's share of the mean's denominator is its count.
+    const bool has_share = args.class_weight.data != nullptr && args.reduction == Reduction::mean;
+    LentMemory lent(memory);
+    args.slots = lent.take<float>(capacity * tiles.kept * args.groups);
+    args.own = lent.take<float>(capacity);
+    args.hidden_square = lent.take<float>(has_head ? capacity : 0);
+    args.token_loss = lent.take<float>(capacity);
+    args.token_square = lent.take<float>(capacity);
+    args.token_count = lent.take<float>(capacity);
+    args.token_share = lent.take<float>(has_share ? capacity : 0);
+    args.token_head = lent.take<float>(has_head ? capacity : 0);
+    args.block_loss = lent.take<float>(args.blocks);
+    args.block_share = lent.take<float>(args.blocks);
+    args.valid = lent.take<int8_t>(makes_choice ? args.batch : 0);
+    args.selection = lent.take<int64_t>(makes_choice ? select_scratch_length(args.batch) : 0);
+    return lent.bytes();
 }
 
 Status check_scorer(const ScorerArgs& args) {

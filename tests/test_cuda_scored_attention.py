@@ -36,10 +36,12 @@ HALF = (torch.float16, torch.bfloat16)
 def on_the_cpu() -> Iterator[Any]:
     """The emulated module in the launcher's place, scratch memory all NaN; all tickets are 0 afterwards."""
     from attent_kernels import native, runtime
+    from attent_kernels.attention import launch_cuda
 
     module = emulated.module()
     runtime.poison_workspaces()
     chosen = mock.patch.object(scored_attention_op.dispatch, "choose", lambda op, *_: BACKENDS.get(op, "torch"))
+    launch_cuda._launches.clear()
     with mock.patch.object(native, "module", module), chosen:
         yield module
     module.set_schedule(0)

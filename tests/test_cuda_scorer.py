@@ -34,6 +34,18 @@ NAN = float("nan")
 KERNELS = ("portable", "hopper")
 
 
+class Launch:
+    """A ScorerLaunch whose starts are noted."""
+
+    def __init__(self, launch: Any, ran: list[str]) -> None:
+        self._launch, self._ran = launch, ran
+        self.tickets, self.scratch_bytes = launch.tickets, launch.scratch_bytes
+
+    def start(self, *addresses: int) -> None:
+        self._ran.append(self._launch.kernel)
+        self._launch.start(*addresses)
+
+
 @contextmanager
 def launched_by(kernel: str, seed: int = 0, group_tiles: int | None = None, sweep: int = 2) -> Iterator[list[str]]:
     """The emulated module in the real one's place, a kernel that must take what comes; yields which kernels ran."""
@@ -43,9 +55,8 @@ def launched_by(kernel: str, seed: int = 0, group_tiles: int | None = None, swee
         def __getattr__(self, name: str) -> Any:
             return getattr(module, name)
 
-        def launch_scorer(self, name: str, *arguments: Any) -> None:
-            ran.append(name)
-            module.launch_scorer(name, *arguments)
+        def ScorerLaunch(self, *arguments: Any) -> Any:
+            return Launch(module.ScorerLaunch(*arguments), ran)
 
     def parts(row_tiles: int, classes: int, *others: Any) -> Cut:
         tiles = -(-classes // others[-1].classes)
@@ -53,6 +64,7 @@ def launched_by(kernel: str, seed: int = 0, group_tiles: int | None = None, swee
 
     module.set_schedule(seed)
     runtime.poison_workspaces()
+    launch_scorer_cuda._launches.clear()  # they are of the kernel and the cut before
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(native, "module", Counted()))
         stack.enter_context(mock.patch.object(launch_scorer_cuda, "kernels_of", lambda _: (kernel,)))
@@ -294,29 +306,59 @@ def test_the_lesson_is_the_choice_by_the_launchs_own_scores(kernel: str, pool: i
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"label_smoothing": 0.1, "weight": torch.rand(300)}])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_launcher_lends_what_the_plan_says(kernel: str, options: dict[str, Any]) -> None:
-    lent, planned = [], []
-    usual, module = launch_scorer_cuda.workspace, emulated.module()
-
-    def workspace(device: torch.device, tickets: int, memory: list[tuple[int, torch.dtype]]) -> Any:
-        lent.append((tickets, sum(length for length, dtype in memory if dtype == torch.float32)))
-        return usual(device, tickets, memory)
+    planned: list[tuple[Any, Any]] = []
+    module = emulated.module()
 
     class Planned:
         def __getattr__(self, name: str) -> Any:
             return getattr(module, name)
 
-        def launch_scorer(self, name: str, arguments: Any, processors: int, stream: int) -> None:
-            planned.append(module.plan_scorer(name, arguments, processors))
+        def ScorerLaunch(self, name: str, arguments: Any, processors: int) -> Any:
+            launch = module.ScorerLaunch(name, arguments, processors)
+            planned.append((launch, module.plan_scorer(name, arguments, processors)))
+            return launch
 
     hidden, weight, target = torch.randn(150, 8).half(), torch.randn(300, 8).half(), torch.randint(300, (150,))
-    with (
-        launched_by(kernel),
-        mock.patch.object(launch_scorer_cuda, "workspace", workspace),
-        mock.patch.object(native, "module", Planned()),
-    ):
+    with launched_by(kernel), mock.patch.object(native, "module", Planned()):
         launch_scorer_cuda.score_tokens(hidden, weight, target, score=("head",), **options)
-    assert lent == [(planned[0]["tickets"], planned[0]["scratch_floats"])]
-    assert planned[0]["grid"] > 0 and planned[0]["shared_bytes"] <= {"portable": 163, "hopper": 227}[kernel] << 10
+    launch, plan = planned[0]
+    assert launch.tickets == plan["tickets"]
+    # Each of up to 10 arrays starts at a multiple of 256 bytes.
+    needed = 4 * plan["scratch_floats"]
+    assert needed <= launch.scratch_bytes < needed + 10 * 256
+    assert plan["grid"] > 0 and plan["shared_bytes"] <= {"portable": 163, "hopper": 227}[kernel] << 10
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_byte_beside_what_is_lent_is_written(kernel: str) -> None:
+    lend, guarded = runtime.lend, []
+
+    def with_guards(device: torch.device, tickets: int, size: int) -> Any:
+        memory = torch.full((512 + size,), 0xAB, dtype=torch.uint8)
+        start = -memory.data_ptr() % 256
+        guarded.append((memory, start, size))
+        lent = lend(device, tickets, size)
+        return runtime.Workspace(lent.counters, memory[start : start + size], 0)
+
+    problem = torch.randn(150, 8).half(), torch.randn(300, 8).half(), torch.randint(300, (150,))
+    with launched_by(kernel), mock.patch.object(launch_scorer_cuda, "lend", with_guards):
+        attent.score_and_select(*problem, 40, score="head", weight=torch.rand(300), backend="cuda")
+    memory, start, size = guarded[0]
+    assert bool((memory[:start] == 0xAB).all()) and bool((memory[start + size :] == 0xAB).all())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kind_of_call_is_planned_once_and_launched_at_each_calls_addresses(kernel: str) -> None:
+    weight, target = torch.randn(30, 8).half(), torch.randint(30, (50,))
+    with launched_by(kernel) as ran:
+        for _ in range(3):
+            hidden = torch.randn(50, 8).half()
+            _, scores = score(Problem(hidden, weight, target, {}), score=("logit", "head"))
+            exact = hidden.double(), weight.double(), target
+            right = reference.linear_cross_entropy(*exact, score=("logit", "head"))[1]
+            for name, values in scores.items():
+                torch.testing.assert_close(values.double(), right[name], rtol=1e-4, atol=0)
+        assert ran == [kernel] * 3 and len(launch_scorer_cuda._launches) == 1
 
 
 # ------------------------------------------------------------------------------------------------------ what it takes
@@ -353,6 +395,7 @@ def test_numbers_that_do_not_fit_are_refused_before_a_launch(kernel: str) -> Non
     ):
         launch_scorer_cuda.score_tokens(hidden, weight, target)
     weight = torch.randn(9, 9).bfloat16()[:, 1:]  # not at a multiple of 16 bytes
-    with launched_by("hopper") as ran:
+    # The launcher goes to the next kernel, of which there is none here.
+    with launched_by("hopper") as ran, pytest.raises(RuntimeError, match=r"no scorer kernel .* multiple of 16 bytes"):
         launch_scorer_cuda.score_tokens(hidden, weight, target)
-    assert ran == []  # the launcher goes to the next kernel, of which there is none here
+    assert ran == []

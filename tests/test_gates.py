@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attent
+from attent_kernels import native
 
 
 def test_importing_attent_brings_no_compiler_and_no_trainer() -> None:
@@ -20,6 +22,20 @@ def test_importing_attent_brings_no_compiler_and_no_trainer() -> None:
     heavy = {"triton", "transformers", "lightning", "accelerate", "peft", "matplotlib", "torch._inductor"}
     assert heavy & {name.split(".")[0] for name in said} == set() and "torch._inductor" not in said
     assert [name for name in said if name.startswith(("attent.bench", "attent.demo", "attent.integrations"))] == []
+
+
+@pytest.mark.skipif(native.module is None, reason=str(native.reason))
+def test_the_cuda_launchers_bring_no_triton() -> None:
+    """Each op's call is taken up to the launch, with the native module's stand-ins for it."""
+    code = (
+        "import sys; from benchmarks.launch import calls, without_launching\n"
+        "with without_launching():\n"
+        "    for call in calls().values(): call()\n"
+        "assert 'triton' not in sys.modules, 'triton'"
+    )
+    root = Path(__file__).resolve().parent.parent
+    said = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
 
 
 class Counting(TorchDispatchMode):

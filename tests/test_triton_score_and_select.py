@@ -14,7 +14,7 @@ from torch import Tensor
 
 import attent
 from attent.ops.dispatch import implementation
-from attent_kernels import runtime, select, selection
+from attent_kernels import pools, runtime, select
 
 from .launches import counted_launches
 from .linear_cross_entropy_problems import Problem, problems
@@ -87,7 +87,7 @@ def test_examples_of_weight_0_are_chosen_last() -> None:
 def test_a_larger_pool_is_scored_and_then_chosen_from() -> None:
     problem = Problem(torch.randn(20, 6), torch.randn(9, 6), torch.randint(9, (20,)), {})
     assert select.ONE_LAUNCH > 19  # copied from there when it was imported
-    with mock.patch.object(selection, "MAX_IN_LAUNCH", 19):
+    with mock.patch.object(pools, "MAX_IN_LAUNCH", 19):
         assert_is_the_choice(problem, 7, "logit", HARD, ["score_kernel", "_select_kernel"])
     lesson = attent.score_and_select(*problem[:3], 7, score="hidden", backend="triton")
     assert torch.equal(lesson.index, attent.score_and_select(*problem[:3], 7, score="hidden").index)

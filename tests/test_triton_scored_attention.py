@@ -279,12 +279,12 @@ def test_a_failed_launch_leaves_no_tickets() -> None:
 
 
 def test_a_pool_too_large_for_the_launch_is_chosen_from_by_the_next() -> None:
-    from attent_kernels import selection
+    from attent_kernels import pools
 
     tensors = large_problem({}, torch.float32)
     options = {"enable_gqa": True, "target": torch.randn(3, 2, 34, 40), "score": "residual", "top_k": 2}
     options |= {"temperature": 0.0, "floor": 0.0, "query_lengths": torch.tensor([34, 0, 17])}
-    with mock.patch.object(selection, "MAX_IN_LAUNCH", 2):
+    with mock.patch.object(pools, "MAX_IN_LAUNCH", 2):
         out = call(scored_attention, tensors, options, backend="triton")
     assert_lesson_is_of_its_own_scores(out, options, tensors["query"])
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import runtime
+from .. import triton_target
 
 
 class Case(NamedTuple):
@@ -123,7 +123,7 @@ _INTERPRETED = Configuration(16, 16, 4, 1)
 
 def choose(kernel: str, case: Case) -> Configuration:
     """The table's line for one of KERNELS."""
-    capability = runtime.compute_capability()
+    capability = triton_target.compute_capability()
     if capability == 0:
         return _INTERPRETED
     column = max(64, case.width)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import runtime
+from .. import triton_target
 
 #: Up to so many queries an example, a tile of 16 rows is used and keys are split across programs.
 FEW_QUERIES = 16
@@ -80,7 +80,7 @@ def padded(width: int) -> int:
 
 def choose(width: int, dtype: torch.dtype, few_queries: bool) -> Configuration:
     """The table's line for the wider of D and DV."""
-    capability, column = runtime.compute_capability(), padded(width)
+    capability, column = triton_target.compute_capability(), padded(width)
     if capability == 0:
         return _INTERPRETED
     if few_queries:

@@ -81,6 +81,7 @@ struct ScorerArgs {
     int8_t* valid;       // [B] if a choice is made
     int64_t* selection;  // scratch of the selection
     int32_t* tickets;    // [row_tiles + blocks + 1]
+    int32_t delayed;     // 1: a stress test's switch, each team waits before it takes a ticket (finish.cuh)
 
     // --- how the work is cut
     int32_t row_tiles;
@@ -140,6 +141,10 @@ struct ScorerPlan {
 
 /// The launch's shape, and what it is lent, of arguments whose cut is filled in. `processors`: of the device.
 ScorerPlan plan_scorer(ScorerKernel kernel, const ScorerArgs& args, int processors);
+
+/// Gives `args`, whose cut and outputs are filled in, its scratch arrays within `memory`; how many bytes they take.
+/// `memory` 0: to ask for the bytes.
+int64_t lay_out_scorer(ScorerKernel kernel, ScorerArgs& args, uintptr_t memory);
 
 /// Whether the numbers fit together: what would run past an array is refused, naming the argument.
 Status check_scorer(const ScorerArgs& args);

@@ -24,9 +24,11 @@ __device__ bool any_of_team(const Team& team, bool is_so, int* flag) {
     return *flag != 0;
 }
 
-/// Whether this team is the last of `count` to come here; all that they stored before is then visible to it.
+/// Whether this team is the last of `count` to come here; all that they stored before is then visible to it. `delayed`: a
+/// stress test's switch, it first waits for up to some 65 microseconds, so that any order of arrival happens.
 template <typename Team>
-__device__ bool take_ticket(int32_t* ticket, int count, const Team& team, int* flag) {
+__device__ bool take_ticket(int32_t* ticket, int count, const Team& team, int* flag, bool delayed) {
+    if (delayed) __nanosleep(static_cast<unsigned>(clock()) & 0xFFFF);
     __threadfence();  // what this thread stored is visible to the GPU before …
     team.sync();      // … the whole team's ticket is taken; and nobody still reads the flag's last value
     if (team.thread() == 0) {
@@ -45,7 +47,7 @@ __device__ bool take_ticket(int32_t* ticket, int count, const Team& team, int* f
 template <int ROWS, bool SPREAD, typename Team>
 __device__ bool finish_item(const ScorerArgs& args, int tile, const Team& team, float* shared /* [threads] */,
                             int* flag) {
-    if (!take_ticket(args.tickets + tile, args.groups, team, flag)) return false;
+    if (!take_ticket(args.tickets + tile, args.groups, team, flag, args.delayed)) return false;
     const int64_t capacity = static_cast<int64_t>(args.row_tiles) * ROWS;
     for (int row = team.thread(); row < ROWS; row += team.threads()) {
         fold_token<SPREAD>(args, capacity, tile * ROWS + row);
@@ -53,9 +55,11 @@ __device__ bool finish_item(const ScorerArgs& args, int tile, const Team& team, 
     const Range blocks = blocks_of_tile(args, tile, ROWS);
     for (int block = blocks.first; block <= blocks.last; ++block) {
         const int spans = tiles_of_block(args, block, ROWS);
-        if (!take_ticket(args.tickets + args.row_tiles + block, spans, team, flag)) continue;
+        if (!take_ticket(args.tickets + args.row_tiles + block, spans, team, flag, args.delayed)) continue;
         fold_examples(args, block, team, shared);
-        if (!take_ticket(args.tickets + args.row_tiles + args.blocks, args.blocks, team, flag)) continue;
+        if (!take_ticket(args.tickets + args.row_tiles + args.blocks, args.blocks, team, flag, args.delayed)) {
+            continue;
+        }
         fold_blocks(args, team, shared);
         return true;  // nothing comes after all blocks
     }

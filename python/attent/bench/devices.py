@@ -114,9 +114,6 @@ class Device:
 
 def _release_workspaces() -> None:
     """Let attent's cached workspaces go, so that the next call allocates them where that is counted."""
-    try:
-        from attent_kernels import runtime
-    except ImportError:  # no Triton
-        return
-    runtime._scratch.clear()
-    runtime._tickets.clear()
+    from attent_kernels import runtime
+
+    runtime._workspaces.clear()

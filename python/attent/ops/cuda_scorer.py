@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attent_kernels import pools
+
 from .._checks import refuse
 from ..selection import Selection
 from . import triton_scorer
@@ -52,10 +54,8 @@ def linear_cross_entropy_forward(call: Call) -> SixTensors:
 
 def chooses_from(call: Call) -> bool:
     """Whether the launch that scores the pool also chooses from it."""
-    from attent_kernels.selection import MAX_IN_LAUNCH
-
     _check(call)
-    return 0 < call.batch <= MAX_IN_LAUNCH
+    return 0 < call.batch <= pools.MAX_IN_LAUNCH
 
 
 def score_and_select(call: Call, k: int, temperature: float, floor: float, seed: Tensor | None) -> Selection:
@@ -73,7 +73,6 @@ def _check(call: Call) -> None:
 
 
 def _launch(call: Call, reduction: str | None, choose: Any) -> Any:
-    # Only here: its workspace asks for Triton, whose import takes a second.
     from attent_kernels.linear_cross_entropy.launch_scorer_cuda import score_tokens
 
     return score_tokens(**triton_scorer.arguments_of(call, reduction), choose=choose)

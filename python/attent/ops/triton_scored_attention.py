@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from attent_kernels import pools
+
 from . import dispatch
 from .scored_attention_op import Problem, Results, Scoring, empty_results
 from .select_top_k import floor_count
@@ -33,7 +35,6 @@ def scored_attention_forward(problem: Problem, scoring: Scoring) -> Results:
 
 def launched(problem: Problem, scoring: Scoring, launch: Callable[..., None]) -> Results:
     """The results of ``launch``, Triton's or CUDA C++'s launcher, which take the same records."""
-    from attent_kernels import selection
     from attent_kernels.attention.records import Attention, Into, Loss, TopK
 
     results = empty_results(problem, scoring)
@@ -51,7 +52,7 @@ def launched(problem: Problem, scoring: Scoring, launch: Callable[..., None]) ->
     top_k, later = None, False
     if scoring.top_k is not None:
         top_k = TopK(scoring.top_k, floor_count(scoring.top_k, scoring.floor), scoring.temperature, scoring.seed)
-        later = problem.batch > selection.MAX_IN_LAUNCH
+        later = problem.batch > pools.MAX_IN_LAUNCH
     launch(
         attention,
         loss,

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attent_kernels import pools
+
 from ..selection import Selection
 from .linear_cross_entropy_op import Call
 from .select_top_k import floor_count
@@ -37,9 +39,7 @@ def score(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 
 def chooses_from(call: Call) -> bool:
     """Whether the launch that scores the pool can choose from it, too."""
-    from attent_kernels.selection import MAX_IN_LAUNCH
-
-    return takes(call) and 0 < call.batch <= MAX_IN_LAUNCH
+    return takes(call) and 0 < call.batch <= pools.MAX_IN_LAUNCH
 
 
 def score_and_select(call: Call, k: int, temperature: float, floor: float, seed: Tensor | None) -> Selection:
