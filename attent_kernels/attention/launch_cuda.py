@@ -2,6 +2,10 @@
 
 Python's part is to describe tensors, by address and strides, and to lend memory; the module's plan says how much. The
 tensors are the caller's, alive until this returns, and their memory is of the current stream after that.
+
+Which of two kernels runs is the plan's to say (``hopper_attention_refuses`` in csrc/scored_attention_plan.cpp): on compute
+capability 9.0 the Hopper kernel where there are more than 16 queries, head dimensions up to 64 or from 97 to 128, and
+tensor maps find query, key and value; else, and elsewhere, the portable one.
 """
 
 from __future__ import annotations
@@ -41,6 +45,7 @@ def scored_attention(
     sizes = (
         batch, heads, heads // key.shape[1], rows, keys, query.shape[-1], value.shape[-1], packed, only_pooled_row,
         loss.target is not None, POOLS[loss.pool], runtime.processors(device),
+        runs_hopper(device) and all(map(has_map, (query, key, value))),
     )  # fmt: skip
     plan = module.plan_scored_attention(sizes)
     scratch = [
@@ -72,6 +77,17 @@ def scored_attention(
             _choice(top_k, into, ranks), (tickets.data_ptr(), slots.data_ptr(), split_slots.data_ptr(), native.DELAYED),
             torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
         )  # fmt: skip
+
+
+def runs_hopper(device: torch.device) -> bool:
+    """Whether the Hopper kernel runs there."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0) and "90a" in native.cuda_archs()
+
+
+def has_map(tensor: Tensor) -> bool:
+    """Whether a tensor map finds its rows, which start at multiples of 16 bytes: no two may overlap, as expanded ones do."""
+    *sizes, width = tensor.shape
+    return all(size <= 1 or stride >= width for size, stride in zip(sizes, tensor.stride(), strict=False))
 
 
 def _address(tensor: Tensor | None) -> int:
