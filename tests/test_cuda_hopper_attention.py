@@ -1,7 +1,7 @@
 """The Hopper kernel of scored attention on the CPU: its own source, its threads as coroutines (csrc/cuda/emulate.h).
 
-The promises of test_cuda_scored_attention.py, and its budgets. Drawn besides: when a bulk copy lands, at some time up to
-the end of a wait for it; a product reads its operands when it is waited for, as late as it may.
+The promises of test_cuda_scored_attention.py, and its budgets. Drawn besides: when a bulk copy lands, at some time up
+to the end of a wait for it. A product reads its operands when it is waited for, as late as it may.
 """
 
 from __future__ import annotations
@@ -13,18 +13,14 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import Phase, assume, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from attent import reference
 from attent_kernels import runtime
 from attent_kernels.attention import launch_cuda
 from tests import emulated
 from tests import test_cuda_scored_attention as portable
 from tests.test_cuda_scored_attention import HALF, LOSSES, NAN, OPTIONS, hash_of, large_problem, on_the_cpu, prepared
-from tests.test_scored_attention import call, problems
-from tests.test_triton_scored_attention import assert_lesson_is_of_its_own_scores, check
 
 __all__ = ["on_the_cpu"]  # a fixture, used by every test
 
@@ -63,26 +59,38 @@ def attend(planned: list[str], *arguments: Any, **more: Any) -> Any:
     return out
 
 
-@settings(max_examples=40, phases=[Phase.explicit, Phase.generate], deadline=None)
-@given(problem=problems(), dtype=st.sampled_from(HALF), order=st.integers(0, 1), schedule=st.integers(0, 2**32))
+def maybe(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.none() | strategy
+
+
+MASKS = st.fixed_dictionaries(
+    {"is_causal": st.booleans(), "softcap": maybe(st.just(2.0)), "scale": maybe(st.sampled_from([-0.3, 0.2]))},
+    optional={"window": st.tuples(st.integers(-1, 150), st.integers(-1, 150))},
+)
+LENGTHS = st.lists(st.integers(0, 200), min_size=3, max_size=3)
+
+
+@settings(max_examples=20, phases=[Phase.explicit, Phase.generate], deadline=None)
+@given(
+    masks=MASKS, layout=st.sampled_from(["plain", "lengths", "packed"]), queries=st.integers(17, 140), lengths=LENGTHS,
+    loss=st.sampled_from(sorted(LOSSES)), dtype=st.sampled_from(HALF), schedule=st.integers(0, 2**32),
+)  # fmt: skip
 def test_the_kernel_is_the_specification_within_its_budget(
-    problem: tuple[dict[str, Tensor], dict[str, Any]], dtype: torch.dtype, order: int, schedule: int
+    masks: dict[str, Any], layout: str, queries: int, lengths: list[int], loss: str, dtype: torch.dtype, schedule: int
 ) -> None:
-    """Few queries of the portable tests' problems, which a rule gives to the other kernel: here the Hopper kernel's."""
-    low, options, exact_tensors, exact_options = prepared(*problem, dtype, order)
-    assume(low["key"].shape[0 if low["key"].dim() == 3 else 2] > 0)
-    exact = call(reference.scored_attention, exact_tensors, exact_options)
+    options = {name: value for name, value in masks.items() if value is not None}
+    if layout == "lengths":
+        options["query_lengths"] = torch.tensor([min(n, queries) for n in lengths])
+        options["key_lengths"] = torch.tensor(lengths[::-1])
+    if layout == "packed":
+        ends = sorted(lengths[:2])
+        options["cu_seqlens_q"] = torch.tensor([0, *(min(end, queries) for end in ends), queries], dtype=torch.int32)
+        options["cu_seqlens_k"] = torch.tensor([0, *ends, portable.KEYS], dtype=torch.int32)
     emulated.module().set_schedule(schedule)
-    with mock.patch.object(launch_cuda, "FEWER_ARE_PORTABLE", 0, create=True):
-        out = portable.attend(low, options, return_output=True)
-    check(out, exact, low, options, dtype)
-    if out.selection is not None:
-        assert_lesson_is_of_its_own_scores(out, options, low["query"])
+    portable.run_large(*large_problem(options, loss, 64, 48, queries=queries), dtype)
 
 
-CASES = [
-    (name, loss, WIDTHS[i % 4], HALF[i % 2]) for i, (name, loss) in enumerate(itertools.product(OPTIONS, LOSSES))
-]
+CASES = [(name, loss, WIDTHS[i % 4], HALF[i % 2]) for i, (name, loss) in enumerate(itertools.product(OPTIONS, LOSSES))]
 
 
 @pytest.mark.parametrize(("name", "loss", "widths", "dtype"), CASES, ids=str)
@@ -90,10 +98,7 @@ def test_many_tiles_fold_into_one_score(
     on_hopper: list[str], name: str, loss: str, widths: tuple[int, int], dtype: torch.dtype
 ) -> None:
     emulated.module().set_schedule(hash_of(name, loss, widths))
-    if loss == "last":  # with an output all rows are computed
-        portable.run_large(*large_problem(OPTIONS[name], loss, *widths), dtype)
-    else:
-        portable.run_large(*large_problem(OPTIONS[name], loss, *widths), dtype)
+    portable.run_large(*large_problem(OPTIONS[name], loss, *widths), dtype)
     assert on_hopper == ["hopper"]
 
 
@@ -136,7 +141,9 @@ def test_an_example_is_not_touched_by_the_next_ones_values(on_hopper: list[str])
 # -------------------------------------------------------------------------------------------------- which kernel runs
 
 
-def refuses(rows: int = 512, keys: int = 512, widths: tuple[int, int] = (64, 64), only: bool = False, hopper: bool = True) -> str | None:
+def refuses(
+    rows: int = 512, keys: int = 512, widths: tuple[int, int] = (64, 64), only: bool = False, hopper: bool = True
+) -> str | None:
     sizes = (4, 8, 1, rows, keys, *widths, False, only, not only, 2, 132, hopper)
     reason = emulated.module().hopper_attention_refuses(sizes)
     assert emulated.module().plan_scored_attention(sizes).kernel == ("hopper" if reason is None else "portable")

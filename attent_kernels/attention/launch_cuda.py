@@ -3,9 +3,9 @@
 Python's part is to describe tensors, by address and strides, and to lend memory; the module's plan says how much. The
 tensors are the caller's, alive until this returns, and their memory is of the current stream after that.
 
-Which of two kernels runs is the plan's to say (``hopper_attention_refuses`` in csrc/scored_attention_plan.cpp): on compute
-capability 9.0 the Hopper kernel where there are more than 16 queries, head dimensions up to 64 or from 97 to 128, and
-tensor maps find query, key and value; else, and elsewhere, the portable one.
+Which of two kernels runs is the plan's to say (``hopper_attention_refuses`` in csrc/scored_attention_plan.cpp): on
+compute capability 9.0 the Hopper kernel where there are more than 16 queries, head dimensions up to 64 or from 97 to
+128, and tensor maps find query, key and value; else, and elsewhere, the portable one.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def runs_hopper(device: torch.device) -> bool:
 
 
 def has_map(tensor: Tensor) -> bool:
-    """Whether a tensor map finds its rows, which start at multiples of 16 bytes: no two may overlap, as expanded ones do."""
+    """Whether a tensor map finds its rows, at multiples of 16 bytes: no two may overlap, as expanded ones do."""
     *sizes, width = tensor.shape
     return all(size <= 1 or stride >= width for size, stride in zip(sizes, tensor.stride(), strict=False))
 

@@ -86,6 +86,9 @@ __device__ __forceinline__ void attend(Found<C>& found, const ScoredAttention& a
     found.sum[0][0] = found.sum[0][1] = 0.0f;
     const int count = current.tiles.count;
     if (count == 0) {
+        // All lanes have seen that the unit is there before the copying warp goes on, which would flip the parity they
+        // wait for; and are done with the description before this one, which the next overwrites.
+        __syncwarp();
         release(memory.queries_are_read(), at);
         return;
     }
