@@ -26,5 +26,6 @@ KERNELS = (
     Kernel("portable_scorer", every=("HMMA", "LDSM", "LDGSTS")),
     # The tensor memory accelerator copies what LDGSTS copies elsewhere, and wgmma reads it where it lies.
     Kernel("hopper_scorer", sm_90a=("HGMMA", "UTMALDG")),
+    Kernel("hopper_attention", sm_90a=("HGMMA", "UTMALDG", "16 bytes")),
     Kernel("scored_attention", every=("HMMA", "LDSM", "LDGSTS", "16 bytes")),
 )

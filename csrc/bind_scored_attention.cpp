@@ -22,8 +22,8 @@ using SegmentsTuple = std::tuple<uintptr_t, uintptr_t, bool, int>;
 // Address; dtype; strides.
 using ViewTuple = std::tuple<uintptr_t, int, int64_t, int64_t>;
 // Examples; heads; heads that share a key; rows; keys; width; value_width; packed; only the pooled row; target; pool;
-// processors.
-using SizesTuple = std::tuple<int, int, int, int, int, int, int, bool, bool, bool, int, int>;
+// processors; whether the Hopper kernel may run.
+using SizesTuple = std::tuple<int, int, int, int, int, int, int, bool, bool, bool, int, int, bool>;
 // Weight; bias; the labels' stride, whether they are int64; classes.
 using ClassifierTuple = std::tuple<ViewTuple, ViewTuple, int64_t, bool, int>;
 // Output; logsumexp and its strides of examples and heads.
@@ -32,10 +32,11 @@ using ResultsTuple = std::tuple<RowsTuple, uintptr_t, int64_t, int64_t>;
 using ChoiceTuple = std::tuple<int, int, float>;
 
 gpu::AttentionSizes sizes_of(const SizesTuple& t) {
-    const auto& [examples, heads, sharing, rows, keys, width, value_width, packed, only, target, pool, processors] = t;
+    const auto& [examples, heads, sharing, rows, keys, width, value_width, packed, only, target, pool, processors,
+                 hopper] = t;
     return {
-        examples,  heads, sharing, rows, keys, width, value_width, packed, only, target, static_cast<gpu::Pool>(pool),
-        processors};
+        examples,   heads, sharing, rows, keys, width, value_width, packed, only, target, static_cast<gpu::Pool>(pool),
+        processors, hopper};
 }
 
 gpu::Rows rows_of(const RowsTuple& t) {
@@ -186,12 +187,18 @@ void bind_scored_attention(py::module_& module) {
         .def_readonly("slots", &gpu::AttentionPlan::slots)
         .def_readonly("split_slots", &gpu::AttentionPlan::split_slots)
         .def_readonly("choice_scratch", &gpu::AttentionPlan::choice_scratch)
-        .def_property_readonly("width", [](const gpu::AttentionPlan& plan) { return plan.shape.width; })
-        .def_property_readonly("block_m", [](const gpu::AttentionPlan& plan) { return plan.shape.block_m(); })
-        .def_property_readonly("block_n", [](const gpu::AttentionPlan& plan) { return plan.shape.block_n; })
-        .def_property_readonly("threads", [](const gpu::AttentionPlan& plan) { return plan.shape.threads(); })
-        .def_property_readonly("shared_bytes",
-                               [](const gpu::AttentionPlan& plan) { return plan.shape.shared_bytes(); });
+        .def_readonly("width", &gpu::AttentionPlan::width)
+        .def_readonly("block_m", &gpu::AttentionPlan::block_m)
+        .def_readonly("block_n", &gpu::AttentionPlan::block_n)
+        .def_readonly("threads", &gpu::AttentionPlan::threads)
+        .def_readonly("shared_bytes", &gpu::AttentionPlan::shared_bytes)
+        .def_property_readonly("kernel", [](const gpu::AttentionPlan& plan) {
+            return plan.kernel == gpu::AttentionKernel::hopper ? "hopper" : "portable";
+        });
+    module.def(
+        "hopper_attention_refuses",
+        [](const SizesTuple& sizes) { return gpu::hopper_attention_refuses(sizes_of(sizes)); },
+        "Why the portable kernel runs and not the Hopper kernel; None if the Hopper kernel does.");
     module.def(
         "plan_scored_attention", [](const SizesTuple& sizes) { return gpu::plan_scored_attention(sizes_of(sizes)); },
         "attent::gpu::plan_scored_attention of csrc/cuda/scored_attention.h.");

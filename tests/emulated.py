@@ -18,7 +18,7 @@ SOURCES = [
     "csrc/emulated/module.cpp",
     "csrc/bind_scored_attention.cpp",
     "csrc/scored_attention_plan.cpp",
-    *(f"csrc/cuda/scored_attention{width}.cu" for width in ("", "_64", "_96", "_128", "_192", "_256")),
+    *(f"csrc/cuda/scored_attention{width}.cu" for width in ("", "_64", "_96", "_128", "_192", "_256", "_sm90")),
     "csrc/bind_scorer.cpp",
     "csrc/scorer_plan.cpp",
     "csrc/cuda/scorer.cu",

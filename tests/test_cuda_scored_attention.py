@@ -306,7 +306,7 @@ def test_the_plan_cuts_work_as_the_triton_launcher_does(
 
     only = only and not target
     plan = emulated.module().plan_scored_attention(
-        (examples, heads, 1, rows, keys, *widths, packed, only, target, 1 if only else 0, 132)
+        (examples, heads, 1, rows, keys, *widths, packed, only, target, 1 if only else 0, 132, False)
     )
     if only:
         tiles = examples if packed else 1

@@ -3,6 +3,10 @@
 Training repeats the same kind of call, whose launches differ in addresses alone. So all else is worked out once for
 each kind and kept, in the module, as an ``AttentionLaunch``: a call looks it up and hands addresses over. Tensors are
 the caller's, alive until this returns, and their memory is of the current stream after that.
+
+Which of two kernels runs is the plan's to say (``hopper_attention_refuses`` in csrc/scored_attention_plan.cpp): on
+compute capability 9.0 the Hopper kernel where there are more than 16 queries, head dimensions up to 64 or from 97 to
+128, and tensor maps find query, key and value; else, and elsewhere, the portable one.
 """
 
 from __future__ import annotations
@@ -61,6 +65,17 @@ def scored_attention(
         )  # fmt: skip
 
 
+def runs_hopper(device: torch.device) -> bool:
+    """Whether the Hopper kernel runs there."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0) and "90a" in native.cuda_archs()
+
+
+def has_map(tensor: Tensor) -> bool:
+    """Whether a tensor map finds its rows, at multiples of 16 bytes: no two may overlap, as expanded ones do."""
+    *sizes, width = tensor.shape
+    return all(size <= 1 or stride >= width for size, stride in zip(sizes, tensor.stride(), strict=False))
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -85,6 +100,7 @@ def _first_launch(
     sizes = (
         batch, heads, heads // key.shape[1], rows, keys, query.shape[-1], value.shape[-1], packed, only_pooled_row,
         loss.target is not None, POOLS[loss.pool], runtime.processors(query.device),
+        runs_hopper(query.device) and all(map(has_map, (query, key, value))),
     )  # fmt: skip
     logsumexp = into.logsumexp if store else None
     right = 0 if attention.is_causal else attention.window_right

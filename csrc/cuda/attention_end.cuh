@@ -47,7 +47,7 @@ __device__ __forceinline__ float square_residual(const Found<C>& found, int row_
     wait_for_copies<0>();
     __syncwarp();  // the other lanes' copies too
     const SharedAddress first =
-        query_tile<C>() + offset_in_tile<C::WIDTH>(row_of_tile, 0) + static_cast<int>(threadIdx.x) % 4 * 4;
+        row_tile<C>() + offset_in_tile<C::WIDTH>(row_of_tile, 0) + static_cast<int>(threadIdx.x) % 4 * 4;
     float square = 0.0f;
 #pragma unroll
     for (int m = 0; m < C::ROW_TILES; ++m) {
@@ -73,7 +73,7 @@ __device__ __forceinline__ float square_residual(const Found<C>& found, int row_
 template <typename C>
 __device__ __forceinline__ void store_column_sums(const Found<C>& found, float* slot, float* sums, bool owns_rows,
                                                   const Lane& at) {
-    __syncthreads();  // nobody reads what lies where the sums go
+    C::block().wait();  // nobody reads what lies where the sums go
     if (owns_rows) {
 #pragma unroll
         for (int n = 0; n < C::WIDTH / 8; ++n) {
@@ -90,7 +90,7 @@ __device__ __forceinline__ void store_column_sums(const Found<C>& found, float* 
             }
         }
     }
-    __syncthreads();  // all warps' sums are there
+    C::block().wait();  // all warps' sums are there
     for (int column = at.thread; column < C::WIDTH; column += C::THREADS) {
         float sum = 0.0f;
 #pragma unroll
@@ -102,7 +102,7 @@ __device__ __forceinline__ void store_column_sums(const Found<C>& found, float* 
 // This warp's rows of the output, rounded, to where its queries were: there a row's chunks of 16 bytes come together.
 template <typename C>
 __device__ __forceinline__ SharedAddress stage_rows(const Found<C>& found, int warp_row, const Lane& at) {
-    const SharedAddress staged = query_tile<C>() + warp_row * C::WIDTH * 2;
+    const SharedAddress staged = row_tile<C>() + warp_row * C::WIDTH * 2;
     const SharedAddress own = staged + offset_in_tile<C::WIDTH>(at.row, 0) + at.column * 2;
     __syncwarp();  // all lanes have read what lies there
 #pragma unroll
@@ -199,16 +199,16 @@ __device__ __forceinline__ void end_of_tile(Found<C>& found, const ScoredAttenti
                     sum_of_warp(square_residual<C>(found, warp_row + at.row, unit.end_row - unit.first_row));
                 if (at.lane == 0) squares[at.warp] = square;
             }
-            __syncthreads();  // all warps' squares are there
+            C::block().wait();  // all warps' squares are there
             if (at.thread == 0) {
                 float square = 0.0f;
                 for (int warp = 0; warp < C::ROW_WARPS; ++warp) square += squares[warp];
                 a.workspace.slots[unit.slot()] = square;
             }
         } else if (a.classifier.pool == Pool::mean) {
-            float* ring = reinterpret_cast<float*>(dynamic_shared() + C::SHAPE.query_bytes());
-            static_assert(C::ROW_WARPS * C::WIDTH * 4 <= C::SLOTS * C::SHAPE.slot_bytes());
-            store_column_sums<C>(found, a.workspace.slots + unit.slot() * C::WIDTH, ring, owns_rows, at);
+            float* sums = reinterpret_cast<float*>(dynamic_shared() + C::ROWS_BYTES);
+            static_assert(C::ROW_WARPS * C::WIDTH * 4 <= C::END_BYTES - C::ROWS_BYTES);
+            store_column_sums<C>(found, a.workspace.slots + unit.slot() * C::WIDTH, sums, owns_rows, at);
         }
     }
     const bool stores_pooled = a.target.data == nullptr && a.classifier.pool != Pool::mean;
@@ -219,18 +219,18 @@ __device__ __forceinline__ void end_of_tile(Found<C>& found, const ScoredAttenti
 }
 
 // The sum of an example's slots over its heads and tiles, on all threads. `sums` is [MOST_WARPS].
-__device__ inline float add_slots(const float* slots, const Unit& unit, int heads, int threads, float* sums,
+__device__ inline float add_slots(const float* slots, const Unit& unit, int heads, const Block& block, float* sums,
                                   const Lane& at) {
     float sum = 0.0f;
-    for (int64_t i = at.thread; i < static_cast<int64_t>(heads) * unit.own_tiles; i += threads) {
+    for (int64_t i = at.thread; i < static_cast<int64_t>(heads) * unit.own_tiles; i += block.threads) {
         const int64_t head = i / unit.own_tiles;
         sum += __ldcg(slots + head * unit.all_tiles + unit.first_tile + (i - head * unit.own_tiles));
     }
     sum = sum_of_warp(sum);
     if (at.lane == 0) sums[at.warp] = sum;
-    __syncthreads();  // all warps' sums are there
+    block.wait();  // all warps' sums are there
     sum = 0.0f;
-    for (int warp = 0; warp < threads / 32; ++warp) sum += sums[warp];
+    for (int warp = 0; warp < block.threads / 32; ++warp) sum += sums[warp];
     return sum;
 }
 

@@ -24,6 +24,9 @@ struct TileOf {
     static constexpr int WIDTH = SHAPE.width, BLOCK_M = SHAPE.block_m(), BLOCK_N = SHAPE.block_n, SLOTS = SHAPE.slots;
     static constexpr int ROW_TILES = SHAPE.row_tiles, ROW_WARPS = SHAPE.row_warps, KEY_WARPS = SHAPE.key_warps;
     static constexpr int THREADS = SHAPE.threads(), WARP_ROWS = 16 * ROW_TILES, WARP_KEYS = BLOCK_N / KEY_WARPS;
+    // Shared memory: the tile of rows, then what its end may use, all of it.
+    static constexpr int ROWS_BYTES = SHAPE.query_bytes(), END_BYTES = SHAPE.shared_bytes();
+    __device__ static constexpr Block block() { return {THREADS}; }
     static_assert(WIDTH == WIDTH_ && WARP_KEYS % 16 == 0 && SLOTS >= 2, "whole products");
 };
 
@@ -44,15 +47,15 @@ __device__ __forceinline__ Lane this_lane() {
     return {thread, thread / 32, lane, lane / 4, lane % 4 * 2};
 }
 
-// Shared memory: [BLOCK_M][WIDTH] queries, then the ring.
+// Shared memory begins with a tile [BLOCK_M][WIDTH] of rows: queries, later target and output; then the ring.
 template <typename C>
-__device__ __forceinline__ SharedAddress query_tile() {
+__device__ __forceinline__ SharedAddress row_tile() {
     return shared_address(dynamic_shared());
 }
 // Slots start at multiples of 128 bytes, so that an address in a slot is the slot's plus one in the first.
 template <typename C>
 __device__ __forceinline__ SharedAddress ring_slot(int item) {
-    return query_tile<C>() + C::SHAPE.query_bytes() + item % C::SLOTS * C::SHAPE.slot_bytes();
+    return row_tile<C>() + C::SHAPE.query_bytes() + item % C::SLOTS * C::SHAPE.slot_bytes();
 }
 
 // The keys of one block: `count` tiles of BLOCK_N from `low` on. In tiles within [inner_low, inner_high) every row looks
@@ -141,6 +144,15 @@ __device__ __forceinline__ void multiply_keys(float (&s)[C::ROW_TILES][C::WARP_K
     }
 }
 
+// Accumulators of two products side by side, rounded, as A of the next (mma.cuh).
+template <typename T>
+__device__ __forceinline__ void round_to_operand(uint32_t (&a)[4], const float (&first)[4], const float (&second)[4]) {
+    a[0] = pack<T>(first[0], first[1]);
+    a[1] = pack<T>(first[2], first[3]);
+    a[2] = pack<T>(second[0], second[1]);
+    a[3] = pack<T>(second[2], second[3]);
+}
+
 // O += P V, from where the lane reads its first values; P is s, rounded.
 template <typename C>
 __device__ __forceinline__ void multiply_values(Found<C>& found, const float (&s)[C::ROW_TILES][C::WARP_KEYS / 8][4],
@@ -150,12 +162,7 @@ __device__ __forceinline__ void multiply_values(Found<C>& found, const float (&s
     for (int step = 0; step < C::WARP_KEYS / 16; ++step) {
         uint32_t p[C::ROW_TILES][4];
 #pragma unroll
-        for (int m = 0; m < C::ROW_TILES; ++m) {
-            p[m][0] = pack<T>(s[m][2 * step][0], s[m][2 * step][1]);
-            p[m][1] = pack<T>(s[m][2 * step][2], s[m][2 * step][3]);
-            p[m][2] = pack<T>(s[m][2 * step + 1][0], s[m][2 * step + 1][1]);
-            p[m][3] = pack<T>(s[m][2 * step + 1][2], s[m][2 * step + 1][3]);
-        }
+        for (int m = 0; m < C::ROW_TILES; ++m) round_to_operand<T>(p[m], s[m][2 * step], s[m][2 * step + 1]);
 #pragma unroll
         for (int pair = 0; pair < C::WIDTH / 16; ++pair) {
             uint32_t value[4];
@@ -220,39 +227,40 @@ __device__ __forceinline__ float to_logits(float (&s)[C::ROW_TILES][C::WARP_KEYS
     return factor;
 }
 
-// Probabilities from logits, and what was found so far brought to the new maxima.
+// Probabilities of 16 rows from their logits, and their maxima and sums with them. `shrink` is what their output so far
+// is still to be multiplied with.
 template <typename C>
-__device__ __forceinline__ void add_to_softmax(Found<C>& found, float (&s)[C::ROW_TILES][C::WARP_KEYS / 8][4],
-                                               float factor) {
+__device__ __forceinline__ void add_to_softmax(Found<C>& found, float (&s)[C::ROW_TILES][C::WARP_KEYS / 8][4], int m,
+                                               float factor, float (&shrink)[2]) {
 #pragma unroll
-    for (int m = 0; m < C::ROW_TILES; ++m) {
-        float shrink[2];
+    for (int half = 0; half < 2; ++half) {
+        float largest = minus_infinity();
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float largest = minus_infinity();
-#pragma unroll
-            for (int n = 0; n < C::WARP_KEYS / 8; ++n) {
-                largest = fmaxf(largest, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
-            }
-            const float both = fmaxf(found.max[m][half], max_of_row(largest) * factor), pivot = pivot_of(both);
-            shrink[half] = fast_exp2(found.max[m][half] - pivot);
-            found.max[m][half] = both;
-            float sum = 0.0f;
-#pragma unroll
-            for (int n = 0; n < C::WARP_KEYS / 8; ++n) {
-#pragma unroll
-                for (int i = 2 * half; i < 2 * half + 2; ++i) {
-                    s[m][n][i] = fast_exp2(fmaf(s[m][n][i], factor, -pivot));
-                    sum += s[m][n][i];
-                }
-            }
-            found.sum[m][half] = fmaf(found.sum[m][half], shrink[half], sum);
+        for (int n = 0; n < C::WARP_KEYS / 8; ++n) {
+            largest = fmaxf(largest, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
         }
+        const float both = fmaxf(found.max[m][half], max_of_row(largest) * factor), pivot = pivot_of(both);
+        shrink[half] = fast_exp2(found.max[m][half] - pivot);
+        found.max[m][half] = both;
+        float sum = 0.0f;
 #pragma unroll
-        for (int n = 0; n < C::WIDTH / 8; ++n) {
+        for (int n = 0; n < C::WARP_KEYS / 8; ++n) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) found.output[m][n][i] *= shrink[i / 2];
+            for (int i = 2 * half; i < 2 * half + 2; ++i) {
+                s[m][n][i] = fast_exp2(fmaf(s[m][n][i], factor, -pivot));
+                sum += s[m][n][i];
+            }
         }
+        found.sum[m][half] = fmaf(found.sum[m][half], shrink[half], sum);
+    }
+}
+
+template <typename C>
+__device__ __forceinline__ void shrink_output(Found<C>& found, int m, const float (&shrink)[2]) {
+#pragma unroll
+    for (int n = 0; n < C::WIDTH / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) found.output[m][n][i] *= shrink[i / 2];
     }
 }
 
@@ -264,7 +272,7 @@ __device__ __forceinline__ void copy_target(const ScoredAttention& a, const Unit
     __syncwarp();  // all lanes have read the queries
     const int first = unit.first_row + warp_row;
     const T* start = row_of<T>(a.target, unit.example, unit.head, static_cast<int64_t>(unit.queries.first) + first);
-    copy_tile_async<T, C::WARP_ROWS, C::WIDTH, 32, 1>(query_tile<C>() + warp_row * C::WIDTH * 2, start, a.target.row,
+    copy_tile_async<T, C::WARP_ROWS, C::WIDTH, 32, 1>(row_tile<C>() + warp_row * C::WIDTH * 2, start, a.target.row,
                                                       unit.end_row - first, a.sizes.value_width, lane);
     commit_copies();
 }
@@ -290,13 +298,13 @@ __device__ __forceinline__ void attend(Found<C>& found, const ScoredAttention& a
     // The queries land with the first item: they are in its group.
     const T* queries =
         row_of<T>(a.query, unit.example, unit.head, static_cast<int64_t>(unit.queries.first) + unit.first_row);
-    copy_tile_async<T, C::BLOCK_M, C::WIDTH, C::THREADS>(query_tile<C>(), queries, a.query.row,
+    copy_tile_async<T, C::BLOCK_M, C::WIDTH, C::THREADS>(row_tile<C>(), queries, a.query.row,
                                                          unit.end_row - unit.first_row, a.sizes.width, at.thread);
 #pragma unroll
     for (int item = 0; item < C::SLOTS - 1; ++item) copy_item<C>(a, source, item, at.thread);
 
     const int first_row = unit.first_row + warp_row + at.row;
-    SharedAddress own_queries = start_of_a<C::WIDTH>(query_tile<C>(), warp_row, at.lane);
+    SharedAddress own_queries = start_of_a<C::WIDTH>(row_tile<C>(), warp_row, at.lane);
     SharedAddress own_keys = start_of_b_of_rows<C::WIDTH>(0, warp_key, at.lane);
     SharedAddress own_values = start_of_b<C::WIDTH>(0, warp_key, at.lane);
 #pragma unroll 1
@@ -314,7 +322,12 @@ __device__ __forceinline__ void attend(Found<C>& found, const ScoredAttention& a
         const bool is_masked = first_key < source.tiles.inner_low || first_key + C::BLOCK_N > source.tiles.inner_high;
         const float factor =
             to_logits<C>(s, a, source.rows, source.keys, is_masked, first_row, first_key + warp_key + at.column);
-        add_to_softmax<C>(found, s, factor);
+#pragma unroll
+        for (int m = 0; m < C::ROW_TILES; ++m) {
+            float shrink[2];
+            add_to_softmax<C>(found, s, m, factor, shrink);
+            shrink_output<C>(found, m, shrink);
+        }
 
         wait_for_copies<C::SLOTS - 2>();
         // Everybody's copies of these values are visible, and nobody reads the keys before them any more.

@@ -12,8 +12,7 @@
 #ifndef ATTENT_EMULATE
 #include <cuda.h>
 #else
-#include <functional>
-#include <map>
+#include "emulate_hopper.h"
 #endif
 
 namespace attent::gpu::hopper {
@@ -23,146 +22,10 @@ constexpr int ACCUMULATORS = 128;  // of each of 128 threads: [64, 256]
 
 #ifdef ATTENT_EMULATE
 
-// A matrix [rows, width] of 16-bit numbers, loaded by boxes of [box_rows, 64].
-struct TensorMap {
-    const void* data;
-    int64_t width, rows, row_stride;
-    int box_rows;
-};
-
-struct Barrier {
-    int count = 0, pending = 0;
-    int64_t bytes = 0;
-    uint32_t phase = 0;
-    std::vector<std::function<void()>> copies;  // under way
-    void complete() {
-        if (pending == 0 && bytes == 0) phase ^= 1, pending = count;
-    }
-};
-inline Barrier& barrier_at(SharedAddress address) {
-    static std::map<SharedAddress, Barrier> all;
-    return all[address];
-}
-inline void init_barrier(SharedAddress barrier, int arrivals) {
-    emulate::at_shared(barrier, 8);
-    barrier_at(barrier) = Barrier();
-    barrier_at(barrier).count = barrier_at(barrier).pending = arrivals;
-}
-inline void publish_barriers() {}
-inline void arrive(SharedAddress barrier) {
-    Barrier& b = barrier_at(barrier);
-    if (b.pending-- == 0) throw std::logic_error("more arrivals than the barrier counts");
-    b.complete();
-}
-inline void arrive_and_expect(SharedAddress barrier, int bytes) {
-    barrier_at(barrier).bytes += bytes;
-    arrive(barrier);
-}
-inline void wait(SharedAddress barrier, uint32_t parity) {
-    Barrier& b = barrier_at(barrier);
-    for (int turns = 0; b.phase == parity; ++turns) {
-        if (turns > 1000000) throw std::logic_error("a wait at a barrier that nobody completes");
-        // A copy lands at some time, in any order.
-        if (!b.copies.empty() && emulate::block().random() % 4 == 0) {
-            const size_t which = emulate::block().random() % b.copies.size();
-            const auto copy = b.copies[which];
-            b.copies.erase(b.copies.begin() + static_cast<std::ptrdiff_t>(which));
-            copy();
-            continue;
-        }
-        emulate::back_to_scheduler();
-    }
-}
-inline void prefetch_map(const TensorMap&) {}
-inline void load_box(const TensorMap& map, SharedAddress to, SharedAddress barrier, int column, int row) {
-    if (to % 1024 != 0) throw std::logic_error("a swizzled box at a misaligned address");
-    const TensorMap from = map;
-    const auto copy = [=] {
-        for (int r = 0; r < from.box_rows; ++r) {
-            for (int c = 0; c < ROW_BYTES / 2; ++c) {
-                uint16_t value = 0;
-                if (row + r < from.rows && column + c < from.width) {
-                    value = static_cast<const uint16_t*>(from.data)[(row + r) * from.row_stride + column + c];
-                }
-                const int at = r * ROW_BYTES + (2 * c ^ r % 8 * 16);
-                std::memcpy(emulate::at_shared(to + at, 2), &value, 2);
-            }
-        }
-        barrier_at(barrier).bytes -= from.box_rows * ROW_BYTES;
-        barrier_at(barrier).complete();
-    };
-    // It lands at once, or when somebody waits for it.
-    if (emulate::block().random() % 2 == 0) {
-        copy();
-    } else {
-        barrier_at(barrier).copies.push_back(copy);
-    }
-}
-
-// Products that threads have started, by group; the last is still open. They happen when they are waited for: what
-// overwrites their operands before shows.
-struct Product {
-    float* d;
-    uint64_t a, b;
-    bool adds;
-};
-using ProductGroups = std::vector<std::vector<Product>>;
-inline ProductGroups& products_of_thread() {
-    static std::map<unsigned, ProductGroups> all;
-    ProductGroups& groups = all[threadIdx.x];
-    if (groups.empty()) groups.emplace_back();
-    return groups;
-}
-inline void fence_products() {}
-template <int N>
-void fence_registers(float (&)[N]) {}
-template <typename T>
-T number_of_operand(uint64_t descriptor, int row, int k) {
-    if (descriptor >> 62 != 1) throw std::logic_error("an operand without 128-byte swizzle");
-    const uint32_t start = (descriptor & 0x3fff) << 4, atom = (descriptor >> 32 & 0x3fff) << 4;
-    uint32_t at = start + row / 8 * atom + row % 8 * ROW_BYTES + 2 * k;
-    at ^= (at >> 7 & 7) << 4;
-    T value;
-    std::memcpy(&value, emulate::at_shared(at, 2), 2);
-    return value;
-}
 template <typename T>
 void start_product(float (&d)[ACCUMULATORS], uint64_t a, uint64_t b, bool adds) {
-    products_of_thread().back().push_back({d, a, b, adds});
+    products_of_thread().back().push_back({d, 256, nullptr, a, b, false, adds});
 }
-inline void commit_products() {
-    emulate::meet("wgmma.commit_group", 0);
-    products_of_thread().emplace_back();
-}
-// Instructions of the whole warp: no lane goes on, and tells others that it has read its operands, before all have.
-template <typename T, int IN_FLIGHT>
-void wait_for_products() {
-    ProductGroups& groups = products_of_thread();
-    while (static_cast<int>(groups.size()) - 1 > IN_FLIGHT) {
-        for (const Product& product : groups.front()) {
-            const int warp = static_cast<int>(threadIdx.x) / 32 % 4, lane = emulate::here().lane;
-            for (int half = 0; half < 2; ++half) {
-                float row[16];
-                for (int k = 0; k < 16; ++k) {
-                    row[k] = to_float32(number_of_operand<T>(product.a, 16 * warp + lane / 4 + 8 * half, k));
-                }
-                for (int i = 0; i < ACCUMULATORS / 2; ++i) {
-                    const int column = i / 2 * 8 + lane % 4 * 2 + i % 2;
-                    float& sum = product.d[i / 2 * 4 + half * 2 + i % 2];
-                    if (!product.adds) sum = 0.0f;
-                    for (int k = 0; k < 16; ++k) sum += row[k] * to_float32(number_of_operand<T>(product.b, column, k));
-                }
-            }
-        }
-        groups.erase(groups.begin());
-    }
-    emulate::meet("wgmma.wait_group", IN_FLIGHT);
-}
-
-template <int REGISTERS>
-void take_registers() {}
-template <int REGISTERS>
-void give_registers() {}
 
 #else
 
@@ -206,6 +69,20 @@ __device__ __forceinline__ void load_box(const TensorMap& map, SharedAddress to,
             to),
         "l"(&map), "r"(barrier), "r"(column), "r"(row)
         : "memory");
+}
+
+// The same of one head of one example of [examples, heads, rows, width].
+__device__ __forceinline__ void load_box(const TensorMap& map, SharedAddress to, SharedAddress barrier, int column,
+                                         int row, int head, int example) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+        "[%2];" ::"r"(to),
+        "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(example)
+        : "memory");
+}
+// What this thread stored to shared memory is there for products and bulk copies, once a barrier lies behind this.
+__device__ __forceinline__ void publish_stores() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // Accumulators that other instructions wrote are there before the next product.
@@ -286,6 +163,17 @@ __device__ __forceinline__ void give_registers() {
 }
 
 #endif
+
+// Which slot of a ring comes next, and in which of its rounds.
+template <int SLOTS>
+struct Ring {
+    int slot = 0;
+    uint32_t round = 0;  // its parity
+
+    __device__ __forceinline__ void next() {
+        if (++slot == SLOTS) slot = 0, round ^= 1;
+    }
+};
 
 // A tile of rows as an operand of a product, from a row that 8 divides on, and from column 16 `step` on.
 __device__ __forceinline__ uint64_t operand(SharedAddress tile, int row, int step) {

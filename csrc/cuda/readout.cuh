@@ -193,7 +193,7 @@ __device__ __forceinline__ void read_out(const ScoredAttention& a, int group, Re
         }
         if (at.column == 0) shared.of_warps[at.warp][at.row + 8 * half] = of_row;
     }
-    __syncthreads();  // all warps' statistics, and the features' squares, are there
+    C::block().wait();  // all warps' statistics, and the features' squares, are there
 
     float scale[2], own_gradient[2], bad[2], max[2];
 #pragma unroll

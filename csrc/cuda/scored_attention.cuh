@@ -27,33 +27,54 @@ namespace attent::gpu {
 
 constexpr int SELECT_KEYS = 1024;  // that are sorted in shared memory at a time: 16 KB with the rest of SelectShared
 
-// An example's loss and score, a group's readout, the choice: by whoever is the last of each. All threads.
+// A tile's end, and its example's, its group's, by whoever is the last of each. All threads that hold the tile. Whether
+// they are to choose: all scores are there then.
 template <typename C>
-__device__ __forceinline__ void end_of_example(const ScoredAttention& a, const Unit& unit, int groups, const Lane& at) {
+__device__ __forceinline__ bool end_of_unit(Found<C>& found, const ScoredAttention& a, const Unit& unit, bool owns_rows,
+                                            const Lane& at) {
+    end_of_tile<C>(found, a, unit, owns_rows, at);
+    if (unit.own_tile >= unit.own_tiles) return false;  // padding
     // Tickets: of all, of groups, of examples, of tiles.
     int* tickets = a.workspace.tickets;
+    const int groups = num_groups(a.sizes);
+    if (!take_ticket(tickets + 1 + groups + unit.example, a.sizes.heads * unit.own_tiles, a.workspace.delayed,
+                     C::block())) {
+        return false;
+    }
     unsigned char* shared = dynamic_shared();
-    static_assert(sizeof(SelectShared<SELECT_KEYS>) <= C::SHAPE.shared_bytes());
-    static_assert(sizeof(ReadoutShared) <= C::SHAPE.shared_bytes());
+    static_assert(sizeof(ReadoutShared) <= C::END_BYTES);
     if (at.thread == 0) a.results.valid[unit.example] = unit.queries.rows > 0;
     int to_come = a.sizes.examples;
     if (a.target.data != nullptr) {
         const float square =
-            add_slots(a.workspace.slots, unit, a.sizes.heads, C::THREADS, reinterpret_cast<float*>(shared), at);
+            add_slots(a.workspace.slots, unit, a.sizes.heads, C::block(), reinterpret_cast<float*>(shared), at);
         if (at.thread == 0) store_loss_and_score(a, unit.example, square, unit.queries.rows);
     } else {
         if (a.classifier.pool == Pool::mean) pool_mean<C>(a, unit, at.thread);
         const int group = unit.example / GROUP;
-        if (!take_ticket(tickets + 1 + group, min(GROUP, a.sizes.examples - group * GROUP), a.workspace.delayed))
-            return;
+        if (!take_ticket(tickets + 1 + group, min(GROUP, a.sizes.examples - group * GROUP), a.workspace.delayed,
+                         C::block())) {
+            return false;
+        }
         read_out<C>(a, group, *reinterpret_cast<ReadoutShared*>(shared), at);
         to_come = groups;
     }
-    if (a.choice.index == nullptr || !take_ticket(tickets, to_come, a.workspace.delayed)) return;
+    if (a.choice.index == nullptr) {
+        // A persistent block's next target does not overwrite what is still read of sums or statistics. (A ticket has
+        // such a barrier.)
+        C::block().wait();
+        return false;
+    }
+    return take_ticket(tickets, to_come, a.workspace.delayed, C::block());
+}
+
+template <typename C>
+__device__ __forceinline__ void choose(const ScoredAttention& a) {
+    static_assert(sizeof(SelectShared<SELECT_KEYS>) <= C::END_BYTES);
     const SelectArgs<float> choice{a.results.scores, a.results.valid,      a.sizes.examples, a.choice.k,
                                    a.choice.k_floor, a.choice.temperature, a.choice.seed,    a.choice.index,
                                    a.choice.score,   a.choice.inclusion,   a.choice.scratch};
-    select_in_block(Block{C::THREADS}, choice, *reinterpret_cast<SelectShared<SELECT_KEYS>*>(shared));
+    select_in_block(C::block(), choice, *reinterpret_cast<SelectShared<SELECT_KEYS>*>(dynamic_shared()));
 }
 
 // One block a processor is asked for, so that registers may be 255: left alone, the compiler spills to fit more blocks.
@@ -73,19 +94,13 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     __syncthreads();  // both are there; they do not change any more
     const bool is_nobodys = a.sizes.is_packed && unit.own_tile >= unit.own_tiles;
     if (is_nobodys) return;
-    const int groups = (a.sizes.examples + GROUP - 1) / GROUP;
     Found<C> found;
     attend<C>(found, a, unit, source, at);
     if constexpr (C::KEY_WARPS > 1) {
-        int* tile_tickets = a.workspace.tickets + 1 + groups + a.sizes.examples;
+        int* tile_tickets = a.workspace.tickets + 1 + num_groups(a.sizes) + a.sizes.examples;
         if (!fold_keys<C>(found, a, unit, splits, tile_tickets, at)) return;
     }
-    end_of_tile<C>(found, a, unit, at.warp < C::ROW_WARPS, at);
-    if (unit.own_tile >= unit.own_tiles) return;  // padding
-    if (take_ticket(a.workspace.tickets + 1 + groups + unit.example, a.sizes.heads * unit.own_tiles,
-                    a.workspace.delayed)) {
-        end_of_example<C>(a, unit, groups, at);
-    }
+    if (end_of_unit<C>(found, a, unit, at.warp < C::ROW_WARPS, at)) choose<C>(a);
 }
 
 template <typename T, int WIDTH, bool FEW>

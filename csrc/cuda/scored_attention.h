@@ -99,6 +99,7 @@ struct AttentionSizes {
     bool has_target;
     Pool pool;
     int processors;  // streaming multiprocessors
+    bool is_hopper;  // compute capability 9.0, and tensor maps find query, key and value: no two of their rows overlap
 };
 
 struct ScoredAttention {
@@ -167,10 +168,34 @@ static_assert(tile_shape(64, false).shared_bytes() <= 96 << 10 && tile_shape(96,
               tile_shape(128, false).shared_bytes() <= 96 << 10 && tile_shape(192, false).shared_bytes() <= 96 << 10 &&
               tile_shape(256, false).shared_bytes() <= 96 << 10 && tile_shape(256, true).shared_bytes() <= 96 << 10);
 
+// The tile of the Hopper kernel (scored_attention_sm90.cuh): two warpgroups multiply 64 rows each, a warp copies.
+struct HopperShape {
+    int width;  // of rows in shared memory: 64 or 128
+
+    static constexpr int BLOCK_M = 128, BLOCK_N = 128, CONSUMERS = 256, THREADS = CONSUMERS + 128;
+    constexpr int slots() const { return 256 / width; }               // of keys, and as many of values: 128 KB together
+    constexpr int rows_bytes() const { return BLOCK_M * width * 2; }  // of a tile; as many rows as keys
+    // What the end of a tile uses: the tile of rows, and sums of columns, a row for each of 8 warps.
+    constexpr int end_bytes() const { return rows_bytes() + 8 * width * 4; }
+    constexpr int queries_at() const { return (end_bytes() + 1023) / 1024 * 1024; }
+    constexpr int keys_at() const { return queries_at() + rows_bytes(); }
+    constexpr int values_at() const { return keys_at() + slots() * rows_bytes(); }
+    constexpr int barriers_at() const { return values_at() + slots() * rows_bytes(); }
+    constexpr int barriers() const { return 3 + 4 * slots(); }
+    constexpr int shared_bytes() const { return barriers_at() + 8 * barriers(); }
+};
+static_assert(HopperShape{64}.shared_bytes() <= 227 << 10 && HopperShape{128}.shared_bytes() <= 227 << 10);
+
+enum class AttentionKernel : int { portable = 0, hopper = 1 };
+
 struct AttentionPlan {
-    TileShape shape;
-    int64_t blocks;
-    int tiles;  // of rows: of each example, or of all packed ones
+    AttentionKernel kernel;
+    TileShape shape;              // of the portable kernel
+    int width, block_m, block_n;  // of the kernel's tile
+    int threads, shared_bytes;    // of a block
+    int64_t units;                // tiles of all heads
+    int64_t blocks;               // that are launched
+    int tiles;                    // of rows: of each example, or of all packed ones
     int splits;
     int64_t tickets;         // int32
     int64_t slots;           // floats
@@ -178,7 +203,17 @@ struct AttentionPlan {
     int64_t choice_scratch;  // int64, if there is a choice
 };
 
+// Why the portable kernel runs and not the Hopper kernel; nullptr if the Hopper kernel does. A rule over sizes alone, the
+// same for every option. Few queries, or one pooled row: a tile of 128 rows would compute 112 or more of them for nothing,
+// and the portable kernel splits keys across blocks. 65 to 96 wide: the portable kernel has a tile of 96.
+const char* hopper_attention_refuses(const AttentionSizes& sizes);
+
 AttentionPlan plan_scored_attention(const AttentionSizes& sizes);
+
+// Groups of examples that are read out together.
+constexpr int num_groups(const AttentionSizes& sizes) {
+    return (sizes.examples + GROUP - 1) / GROUP;
+}
 
 Status launch_scored_attention(const ScoredAttention& arguments, cudaStream_t stream);
 

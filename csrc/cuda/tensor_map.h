@@ -11,20 +11,28 @@
 
 namespace attent::gpu::hopper {
 
+// A dimension of a matrix but its last: how many, and how many numbers apart.
+struct Dimension {
+    int64_t size, stride;
+};
+
 #ifdef ATTENT_EMULATE
 
-inline Status make_map(TensorMap* map, const void* data, bool, int64_t rows, int64_t width, int64_t row_stride,
-                       int box_rows) {
-    *map = {data, width, rows, row_stride, box_rows};
+template <int N>
+Status make_map(TensorMap* map, const void* data, bool, int64_t width, const Dimension (&outer)[N], int box_rows) {
+    *map = {data, width, {1, 1, 1}, {0, 0, 0}, box_rows};
+    for (int i = 0; i < N; ++i) map->sizes[i] = outer[i].size, map->strides[i] = outer[i].stride;
     return Status{};
 }
 
 #else
 
-// Of a matrix [rows, width] of float16 or bfloat16: `data` at a multiple of 16 bytes, columns adjacent, rows `row_stride`
-// numbers apart, a multiple of 8. Loaded by boxes of [box_rows, 64], box_rows at most 256, 0 outside of the matrix.
-inline Status make_map(TensorMap* map, const void* data, bool is_bfloat16, int64_t rows, int64_t width,
-                       int64_t row_stride, int box_rows) {
+// Of a matrix [outer reversed, width] of float16 or bfloat16, such as [examples, heads, rows, width] of outer = {rows,
+// heads, examples}: `data` at a multiple of 16 bytes, columns adjacent, strides multiples of 8 and `width` at least.
+// Loaded by boxes of [box_rows, 64] of the inner two dimensions, box_rows at most 256, 0 outside of the matrix.
+template <int N>
+Status make_map(TensorMap* map, const void* data, bool is_bfloat16, int64_t width, const Dimension (&outer)[N],
+                int box_rows) {
     using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -37,19 +45,30 @@ inline Status make_map(TensorMap* map, const void* data, bool is_bfloat16, int64
         if (found == nullptr) return say(Status::failed, "cuTensorMapEncodeTiled: the driver does not have it");
         encode = reinterpret_cast<Encode>(found);
     }
-    const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(rows)};
-    const cuuint64_t strides[1] = {static_cast<cuuint64_t>(row_stride) * 2};  // bytes
-    const cuuint32_t box[2] = {ROW_BYTES / 2, static_cast<cuuint32_t>(box_rows)}, every[2] = {1, 1};
+    cuuint64_t sizes[N + 1] = {static_cast<cuuint64_t>(width)}, strides[N];  // strides in bytes
+    cuuint32_t box[N + 1] = {ROW_BYTES / 2, static_cast<cuuint32_t>(box_rows)}, every[N + 1] = {1, 1};
+    for (int i = 0; i < N; ++i) {
+        sizes[i + 1] = static_cast<cuuint64_t>(outer[i].size);
+        strides[i] = static_cast<cuuint64_t>(outer[i].stride) * 2;
+        if (i > 0) box[i + 1] = every[i + 1] = 1;
+    }
     const CUresult result =
-        encode(map, is_bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+        encode(map, is_bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, N + 1,
                const_cast<void*>(data), sizes, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result == CUDA_SUCCESS) return Status{};
-    return say(Status::failed, "cuTensorMapEncodeTiled: error %d for [%lld, %lld] with rows %lld apart at %p",
-               static_cast<int>(result), static_cast<long long>(rows), static_cast<long long>(width),
-               static_cast<long long>(row_stride), data);
+    return say(Status::failed,
+               "cuTensorMapEncodeTiled: error %d for %d dimensions, [%lld, %lld] with rows %lld apart at %p",
+               static_cast<int>(result), N + 1, static_cast<long long>(outer[0].size), static_cast<long long>(width),
+               static_cast<long long>(outer[0].stride), data);
 }
 
 #endif
+
+// Of a matrix [rows, width].
+inline Status make_map(TensorMap* map, const void* data, bool is_bfloat16, int64_t rows, int64_t width,
+                       int64_t row_stride, int box_rows) {
+    return make_map(map, data, is_bfloat16, width, {Dimension{rows, row_stride}}, box_rows);
+}
 
 }  // namespace attent::gpu::hopper

@@ -105,6 +105,9 @@ inline uint32_t load_shared_4(SharedAddress address) {
 inline void store_shared_4(SharedAddress address, uint32_t value) {
     std::memcpy(emulate::at_shared(address, 4), &value, 4);
 }
+inline void store_shared_16(SharedAddress address, const uint4& value) {
+    std::memcpy(emulate::at_shared(address, 16), &value, 16);
+}
 
 #else
 
@@ -161,6 +164,10 @@ __device__ __forceinline__ uint32_t load_shared_4(SharedAddress address) {
 }
 __device__ __forceinline__ void store_shared_4(SharedAddress address, uint32_t value) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+__device__ __forceinline__ void store_shared_16(SharedAddress address, const uint4& v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
 }
 
 #endif

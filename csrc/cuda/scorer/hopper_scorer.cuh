@@ -40,15 +40,7 @@ struct Consumers {
     __device__ void sync() const { block().wait(); }
 };
 
-/// Which stage of the ring comes next, and in which of its rounds.
-struct Ring {
-    int stage = 0;
-    uint32_t round = 0;  // its parity
-
-    __device__ __forceinline__ void next() {
-        if (++stage == Hopper::STAGES) stage = 0, round ^= 1;
-    }
-};
+using Ring = hopper::Ring<Hopper::STAGES>;
 
 struct HopperShared {
     SharedAddress base;
@@ -89,11 +81,11 @@ __device__ __forceinline__ void produce(const ScorerArgs& args, const hopper::Te
 #pragma unroll 1
             for (int step = 0; step < steps; ++step, ring.next()) {
                 if (lane == 0) {
-                    hopper::wait(shared.empty(ring.stage), ring.round ^ 1);  // the stage's last round is multiplied
-                    hopper::arrive_and_expect(shared.full(ring.stage), Hopper::STAGE_BYTES);
-                    hopper::load_box(hidden, shared.hidden(ring.stage), shared.full(ring.stage), step * Hopper::BK,
+                    hopper::wait(shared.empty(ring.slot), ring.round ^ 1);  // the stage's last round is multiplied
+                    hopper::arrive_and_expect(shared.full(ring.slot), Hopper::STAGE_BYTES);
+                    hopper::load_box(hidden, shared.hidden(ring.slot), shared.full(ring.slot), step * Hopper::BK,
                                      item.tile * Hopper::BM);
-                    hopper::load_box(weight, shared.weight(ring.stage), shared.full(ring.stage), step * Hopper::BK,
+                    hopper::load_box(weight, shared.weight(ring.slot), shared.full(ring.slot), step * Hopper::BK,
                                      column);
                 }
                 __syncwarp();
@@ -120,13 +112,13 @@ __device__ __forceinline__ void consume(const ScorerArgs& args, const HopperShar
         const int first = (item.group * args.group_tiles + tile) * Hopper::BN + 2 * (lane % 4);
         int last_stage = 0;
         for (int step = 0; step < steps; ++step, ring.next()) {
-            hopper::wait(shared.full(ring.stage), ring.round);  // the operands are there
+            hopper::wait(shared.full(ring.slot), ring.round);  // the operands are there
             hopper::fence_registers(z);
             hopper::fence_products();
 #pragma unroll
             for (int k = 0; k < Hopper::BK / 16; ++k) {
-                hopper::start_product<T>(z, hopper::operand(shared.hidden(ring.stage), group_row, k),
-                                         hopper::operand(shared.weight(ring.stage), 0, k), step > 0 || k > 0);
+                hopper::start_product<T>(z, hopper::operand(shared.hidden(ring.slot), group_row, k),
+                                         hopper::operand(shared.weight(ring.slot), 0, k), step > 0 || k > 0);
             }
             hopper::commit_products();
             hopper::fence_registers(z);
@@ -134,7 +126,7 @@ __device__ __forceinline__ void consume(const ScorerArgs& args, const HopperShar
                 hopper::wait_for_products<T, 1>();  // the step before is done: its stage may be overwritten
                 if (lane == 0) hopper::arrive(shared.empty(last_stage));
             }
-            last_stage = ring.stage;
+            last_stage = ring.slot;
         }
         hopper::wait_for_products<T, 0>();
         hopper::fence_registers(z);
