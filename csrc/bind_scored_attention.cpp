@@ -67,6 +67,7 @@ gpu::AttentionResults results_of(const ResultsTuple& t) {
             pointer<float>(scores), pointer<int8_t>(valid)};
 }
 
+#if defined(ATTENT_CUDA) || defined(ATTENT_EMULATE)
 gpu::Choice choice_of(const ChoiceTuple& t) {
     const auto& [index, score, inclusion, seed, scratch, k, k_floor, temperature] = t;
     return {pointer<int64_t>(index),
@@ -79,7 +80,6 @@ gpu::Choice choice_of(const ChoiceTuple& t) {
             temperature};
 }
 
-#if defined(ATTENT_CUDA) || defined(ATTENT_EMULATE)
 void scored_attention(const SizesTuple& sizes, int dtype, const RowsTuple& query, const RowsTuple& key,
                       const RowsTuple& value, const RowsTuple& target, const SegmentsTuple& queries,
                       const SegmentsTuple& keys, int left, int right, float scale, float softcap,
