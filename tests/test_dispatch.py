@@ -159,14 +159,3 @@ def test_backends_says_for_each_whether_it_can_run_or_why_not() -> None:
 def test_each_op_is_registered_with_its_backward() -> None:
     for op in ("linear_cross_entropy", "linear_cross_entropy_backward"):
         assert callable(dispatch.implementation(op, "torch"))
-
-
-def test_what_a_backend_lacks_is_constant_to_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is found out by what Dynamo cannot trace: the import system in PyTorch 2.9, the compiled module everywhere."""
-    monkeypatch.setattr(native, "cuda_unavailable", lambda: eval("'an old driver'"))
-
-    def states(x: torch.Tensor) -> tuple[torch.Tensor, str | None, str | None]:
-        return x + 1, dispatch.unavailable("cuda"), dispatch.unavailable("triton")
-
-    found = torch.compile(states, backend="eager", fullgraph=True)(torch.zeros(1))
-    assert found[1:] == ("an old driver", dispatch.unavailable("triton"))

@@ -53,8 +53,7 @@ def backends() -> dict[str, str]:
     return {name: unavailable(name) or "available" for name in BACKENDS}
 
 
-# Constant to torch.compile: it does not change within a process, and Dynamo can trace neither the import system (in
-# PyTorch 2.9) nor the compiled module's functions.
+# Constant to torch.compile: it does not change within a process, and PyTorch 2.9 cannot trace the import system.
 @torch.compiler.assume_constant_result
 def unavailable(backend: str) -> str | None:
     """Why ``backend`` cannot run on this machine; None if it can."""
