@@ -88,32 +88,44 @@ cuda: $(INSTALLED)  ## the CUDA kernels, compiled by nvcc; no spills, the instru
 gpu: $(INSTALLED)  ## the tests that need a CUDA device
 	$(PYTEST) -m gpu $(NONE_IS_FINE)
 
-# Source distribution and wheel into dist/, the wheel made from the source distribution and installed where only its
-# dependencies are borrowed from .venv (a path in a .pth file is searched, but its own .pth files, the editable install
-# among them, are not read). Then $$away is the folder, in which bin/python has it.
-define BUILD_AND_INSTALL_AWAY
-	rm -rf dist
-	$(BIN)/python -m build -q --no-isolation
-	away=$$(mktemp -d); trap 'rm -rf "$$away"' EXIT; \
+# Source distribution and wheel into dist/, the wheel made from the source distribution. AWAY: a wheel installed where only
+# its dependencies are borrowed from .venv (a path in a .pth file is searched, but its own .pth files, the editable install
+# among them, are not read); $$away is that folder, in which bin/python has it.
+BUILD := rm -rf dist; $(BIN)/python -m build -q --no-isolation
+define AWAY
 	$(BIN)/python -m venv --without-pip "$$away"; \
-	$(BIN)/python -m pip --python "$$away/bin/python" install -q --no-deps dist/*.whl; \
+	$(BIN)/python -m pip --python "$$away/bin/python" install -q --no-deps $(1); \
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-	    > "$$("$$away/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
+	    > "$$("$$away/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"; \
+	cp tools/check_wheel.py "$$away"
 endef
+TEMPORARY = away=$$(mktemp -d); trap 'rm -rf "$$away"' EXIT
 
 .PHONY: build
 build: export ATTENT_CUDA := 0
 build: $(INSTALLED)  ## source distribution and wheel into dist/, and the wheel imported outside the checkout
-	$(BUILD_AND_INSTALL_AWAY); \
-	cp tools/check_wheel.py "$$away"; cd "$$away"; bin/python check_wheel.py --no-cuda; bin/attent --help > /dev/null; \
+	$(BUILD)
+	$(TEMPORARY); $(call AWAY,dist/*.whl); \
+	cd "$$away"; bin/python check_wheel.py --no-cuda; bin/attent --help > /dev/null; \
 	bin/attent bench select --n 1000 --k 10 --rounds 1 > /dev/null
+
+# From the same source distribution, on a machine that lacks something: $(1) is how that shows, $(2) what is checked.
+define LACKING
+	$(TEMPORARY); $(1) $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w "$$away/dist" dist/*.tar.gz; \
+	$(call AWAY,"$$away"/dist/*.whl); cd "$$away"; ls dist; bin/python check_wheel.py $(2)
+endef
+HAS_NVCC = $$($(BIN)/python -c 'import sys; sys.path.insert(0, "tools"); import cuda_build as c; c.wanted() == "0" and sys.exit(1); c.find_toolkit()' \
+    2> /dev/null && echo --cuda || echo --no-cuda)
 
 .PHONY: wheel
 wheel: $(INSTALLED)  ## the wheel for this machine into dist/, with the CUDA kernels where there is an nvcc, and its tests
-	$(BUILD_AND_INSTALL_AWAY); \
-	cp -r tools/check_wheel.py tests benchmarks pyproject.toml "$$away"; cd "$$away"; \
-	bin/python check_wheel.py --native; \
+	$(BUILD)
+	$(TEMPORARY); nvcc=$(HAS_NVCC); $(call AWAY,dist/*.whl); \
+	cp -r tests benchmarks pyproject.toml "$$away"; cd "$$away"; \
+	bin/python check_wheel.py --native $$nvcc; \
 	OMP_NUM_THREADS=1 bin/python -m pytest -q tests/test_row_statistics.py tests/test_cuda_select_top_k.py tests/test_dispatch.py
+	$(call LACKING,CUDA_HOME=/nowhere CUDA_PATH= ATTENT_NATIVE= ATTENT_CUDA=auto,--native --no-cuda --because "no nvcc was found")
+	$(call LACKING,CC=/bin/false CXX=/bin/false ATTENT_NATIVE= ATTENT_CUDA=0,--no-native --because /bin/false)
 
 # The pretrained model's package asks for more than its files need.
 .PHONY: examples

@@ -13,7 +13,8 @@ only the one that did it, and another child goes on. Results are kept by commit,
 days merge.
 
 ``--build`` first compiles the CUDA kernels in place, where there are nvcc and pybind11; ``--wheel FILE`` takes the
-compiled module of a wheel that was built elsewhere. Without either, rows of backend "cuda" say what is missing.
+compiled module of a wheel that was built elsewhere (``benchmarks/native_in_place.py``). Both say what they put there,
+also where there is no GPU to go on with. Without either, rows of backend "cuda" say what is missing.
 
 Needs PyTorch 2.9 and Triton 3.5 at least, no network; rivals are measured where they can be imported. From a checkout:
 ``PYTHONPATH=python python -m benchmarks.gpu_suite --budget 1500``; where the checkout's history is missing,
@@ -27,7 +28,6 @@ import os
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from pathlib import Path
@@ -39,7 +39,7 @@ from attent.bench.command import RIVALS
 from attent.bench.contenders import Progress, Workload, measure, table
 from attent.bench.devices import Device, DeviceLost
 
-from . import attention, gpu_correct, gpu_stress, linear_cross_entropy, select, steps
+from . import attention, gpu_correct, gpu_stress, linear_cross_entropy, native_in_place, select, steps
 from .command import ROUNDS, slug
 from .provenance import RESULTS, commit, gpu_provenance
 from .suite_file import SuiteFile, merge
@@ -53,7 +53,6 @@ WORKLOADS = {
     "select": select.workloads,
     "steps": steps.workloads,
 }
-ROOT = Path(__file__).resolve().parent.parent
 #: Seconds for a row: a large shape's contenders, each compiled and some autotuned.
 ROW_LIMIT = 240
 
@@ -169,18 +168,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry", action="store_true", help="on a CPU, tiny: to see that the suite itself runs")
     parser.add_argument("--merge", type=Path, nargs="+", help="only merge these files into --out, by commit")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--build", action="store_true", help="first compile the native module with CUDA, in place")
-    parser.add_argument("--wheel", type=Path, help="first take the compiled module of this wheel")
+    made = parser.add_mutually_exclusive_group()
+    made.add_argument("--build", action="store_true", help="first compile the native module with CUDA, in place")
+    made.add_argument("--wheel", type=Path, help="first take the compiled module of this wheel")
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     if asked.merge:
         print(merge(asked.merge, asked.out))
         return 0
+    if asked.build or asked.wheel:
+        print(f"in place: {native_in_place.install(asked.wheel)}", flush=True)  # children load it
     if not asked.dry and not torch.cuda.is_available():
         print("benchmarks.gpu_suite: there is no CUDA device; --dry runs it on a CPU, tiny", file=sys.stderr)
         return 2
-    if asked.build or asked.wheel:
-        install_native(asked.wheel)
     if asked.child:
         part, device = asked.part[0], Device("cpu" if asked.dry else "cuda")
         run_rows(part, SuiteFile(asked.child), asked.deadline, rows(part, asked.dry), device)
@@ -198,23 +198,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = report(file, asked.part)
     file.close()
     return 1 if wrong else 0
-
-
-def install_native(wheel: Path | None, root: Path = ROOT) -> None:
-    """Put a compiled module into the checkout: that of ``wheel``, or one that is built now. Children load it."""
-    if wheel is None:
-        subprocess.run(
-            [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
-            cwd=root, env=os.environ | {"ATTENT_CUDA": "1"}, check=True,
-        )  # fmt: skip
-        return
-    with zipfile.ZipFile(wheel) as archive:
-        modules = [name for name in archive.namelist() if name.startswith("attent_kernels/_native.")]
-        if len(modules) != 1:
-            raise SystemExit(
-                f"--wheel: got {wheel}, which holds {modules or 'no compiled module'}; takes one built with it"
-            )
-        archive.extract(modules[0], root)
 
 
 def report(file: SuiteFile, parts: Sequence[str]) -> int:

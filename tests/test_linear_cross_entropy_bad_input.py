@@ -314,5 +314,6 @@ def test_values_are_read_on_cpu_and_elsewhere_only_when_asked_for(monkeypatch: p
 def test_a_compiled_call_reads_no_values_and_still_checks_shapes() -> None:
     compiled = torch.compile(attent.linear_cross_entropy, backend="eager", fullgraph=True)
     assert compiled(**{**PADDED, "target": torch.full((2, 3), 9)}).isnan()
-    with pytest.raises(Exception, match="target: got"):
+    # Dynamo tells the error in words of its own; PyTorch 2.9's shows the pieces of its text, unformatted.
+    with pytest.raises(Exception, match=r"target.*: got .*; takes "):
         compiled(**{**PADDED, "target": labels(2, 4)})

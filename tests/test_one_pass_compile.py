@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import attent
 from attent.one_pass import OnePass, OnePassError
+from attent.one_pass.lowering import interpreted
 from tests.one_pass_learners import GPT, classify, gradients, relative_error
 from tests.test_one_pass import DROPPING, EXACT, LEARNERS, B, double, losses_only  # noqa: F401
 from tests.test_one_pass_refusals import CROSS_EXAMPLE, CountsRows, a_warning_of_torchs_own, two_layers
@@ -363,3 +364,22 @@ def test_losses_that_are_let_go_let_go_of_their_batch() -> None:
     step.backward(losses, torch.tensor([1, 2]))
     del x, losses
     assert gone() is None
+
+
+@pytest.mark.parametrize("generated", [True, False], ids=["generated", "PyTorch 2.9"])
+def test_a_graph_drops_each_argument_after_its_last_use(generated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not generated:
+        monkeypatch.delattr(fx.graph, "_BoxedCodeGen", raising=False)
+    alive: list[bool] = []
+
+    def look(x: Tensor) -> Tensor:
+        alive.append(held() is not None)
+        return x + 1
+
+    graph = fx.Graph()
+    a, b = graph.placeholder("a"), graph.placeholder("b")
+    graph.output(graph.call_function(look, (graph.call_function(torch.add, (a, b)),)))
+    arguments = [torch.ones(2), torch.ones(2)]
+    held = weakref.ref(arguments[0])
+    assert interpreted(fx.GraphModule(nn.Module(), graph))(arguments).tolist() == [3.0, 3.0]
+    assert arguments == [] and alive == [False]

@@ -1,12 +1,15 @@
 """Whether an installed attent is what its wheel was meant to be: ``python check_wheel.py [--native] [--cuda]``.
 
 Run it where the checkout is not in the module search path. ``--native``: the compiled module has to be there;
-``--cuda``: with CUDA kernels; ``--no-native``, ``--no-cuda``: it has to say why it is not. Exits with 1 if not.
+``--cuda``: with CUDA kernels; ``--no-native``, ``--no-cuda``: it has to say why it is not; ``--because TEXT``: in words
+that hold this text. ``attent doctor``, in a process of its own, has to say the same. Exits with 1 if not.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--native", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--cuda", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument("--because", default="")
     asked = parser.parse_args()
     has_native = native.module is not None
     has_cuda = has_native and native.module.cuda_absent is None
@@ -33,6 +37,16 @@ def main() -> int:
         wrong.append(f"what was imported is {attent.__file__}, not what is installed")
     if not has_native and not native.reason:
         wrong.append("the module is not there and there is no reason")
+    told = json.loads(subprocess.run([Path(sys.prefix, "bin", "attent"), "doctor", "--json"], check=True,
+                                     capture_output=True, text=True).stdout)  # fmt: skip
+    if told["native_module"].startswith("available") != has_native:
+        wrong.append(f"doctor says of the module: {told['native_module']}")
+    if told["cuda_kernels"].startswith("none: ") == has_cuda:
+        wrong.append(f"doctor says of the CUDA kernels: {told['cuda_kernels']}")
+    if told["backends"]["cuda"] == "available" and not (has_cuda and torch.cuda.is_available()):
+        wrong.append("doctor says that backend cuda is available")
+    if asked.because not in told["native_module"] + told["cuda_kernels"]:
+        wrong.append(f"doctor does not say {asked.because!r}")
     # It computes: the op that both parts help, and what it falls back to.
     scores = torch.tensor([0.5, 3.0, 1.0])
     if attent.select_top_k(scores, 2).index.tolist() != [1, 2]:

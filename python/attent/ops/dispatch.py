@@ -53,6 +53,8 @@ def backends() -> dict[str, str]:
     return {name: unavailable(name) or "available" for name in BACKENDS}
 
 
+# Constant to torch.compile: it does not change within a process, and PyTorch 2.9 cannot trace the import system.
+@torch.compiler.assume_constant_result
 def unavailable(backend: str) -> str | None:
     """Why ``backend`` cannot run on this machine; None if it can."""
     if backend == "torch":
