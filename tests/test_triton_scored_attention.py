@@ -366,3 +366,18 @@ def test_attentive_classifier_is_one_launch_after_its_projections() -> None:
     expected = classifier(tokens, labels, top_k=4, backend="torch")
     torch.testing.assert_close(out.losses, expected.losses, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out.scores, expected.scores, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_view_whose_sign_is_kept_beside_its_memory_is_read_with_its_sign(backend: str) -> None:
+    """Of ``x.conj().imag`` PyTorch negates on reading; kernels that are handed the address read what is stored."""
+    generator = torch.Generator().manual_seed(0)
+    stored = torch.randn(1, 2, 5, 8, dtype=torch.complex64, generator=generator)
+    query, key, target = stored.conj().imag, torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    assert query.is_neg()
+    options = {"target": target, "score": "residual", "backend": backend}
+    with torch.no_grad():
+        found = scored_attention(query, key, key, **options)
+        expected = scored_attention(query.clone().resolve_neg(), key, key, **options)
+    torch.testing.assert_close(found.output, expected.output, rtol=0, atol=0)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=0)

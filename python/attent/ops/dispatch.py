@@ -53,9 +53,7 @@ def backends() -> dict[str, str]:
     return {name: unavailable(name) or "available" for name in BACKENDS}
 
 
-# Constant to torch.compile: it does not change within a process, and PyTorch 2.9 cannot trace the import system.
-@torch.compiler.assume_constant_result
-def unavailable(backend: str) -> str | None:
+def _unavailable(backend: str) -> str | None:
     """Why ``backend`` cannot run on this machine; None if it can."""
     if backend == "torch":
         return None
@@ -69,6 +67,10 @@ def unavailable(backend: str) -> str | None:
     if backend == "cuda":
         return native.cuda_unavailable()
     return None
+
+
+#: Constant to torch.compile: it does not change within a process, and PyTorch 2.9 cannot trace the import system.
+unavailable: Callable[[str], str | None] = torch.compiler.assume_constant_result(_unavailable)
 
 
 def choose(op: str, backend: str, device: torch.device, *call: Any) -> str:
