@@ -173,6 +173,12 @@ def _policies(folder: Path, scale: str) -> Iterator[str]:
     )
     yield ""
     yield from rows
+    yield ""
+    yield (
+        "Mean and worst are over the studies that a row has. A setting would replace the default if it were better than"
+        " the first row beyond its noise in several studies and worse in none; with intervals this wide that takes"
+        " more than a row's mean."
+    )
 
 
 def _study(study: Landed, scale: str) -> Iterator[str]:
