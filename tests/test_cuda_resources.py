@@ -167,8 +167,8 @@ def test_a_launch_that_fails_says_which_kernel_with_which_configuration(built: P
         pytest.skip("this machine's launches succeed")
     module: Any = loaded(built)
     memory = torch.zeros(64, dtype=torch.int64).data_ptr()
-    arguments = module.SelectTopKArgs(memory, 0, 0, 5, 3, 0, 0.0, 0, True, *[memory] * 8, False)
+    arguments = (memory, 0, 0, 5, 3, 0, 0.0, 0, True, *[memory] * 8, False)
     with pytest.raises(
         RuntimeError, match=r"select_top_k: .*\(cuda\w+\); launched with grid \(1, 1, 1\), block \(512, 1, 1\)"
     ):
-        module.select_top_k(arguments, 0)
+        module.select_top_k(*arguments, 0)
