@@ -121,6 +121,26 @@ def test_rows_and_keys_that_are_padding_change_nothing() -> None:
     assert all(torch.equal(x, y) for x, y in zip(found[:-1], wanted[:-1], strict=True))
 
 
+def test_padding_behind_the_last_row_is_stored_before_the_choice() -> None:
+    """One block, whose last unit is padding: where that is staged, the choice's memory is."""
+    lengths = {"query_lengths": torch.tensor([portable.QUERIES, 0, 40])}
+    with mock.patch.object(runtime, "processors", lambda _: 1):
+        for schedule in (1, 2):
+            emulated.module().set_schedule(schedule)
+            out = portable.run_large(*large_problem(lengths, "target", 64, 64), torch.bfloat16)
+            assert not out.output[2, :, 40:].any()
+    assert_hopper_ran()
+
+
+@pytest.mark.parametrize(("widths", "keys"), [((64, 64), 900), ((128, 128), 600)])
+def test_a_unit_has_more_tiles_of_keys_than_slots(widths: tuple[int, int], keys: int) -> None:
+    with mock.patch.object(portable, "KEYS", keys):
+        for schedule in (1, 2):
+            emulated.module().set_schedule(schedule)
+            portable.run_large(*large_problem({}, "target", *widths, queries=20), torch.bfloat16)
+    assert_hopper_ran()
+
+
 def test_an_example_is_not_touched_by_the_next_ones_values() -> None:
     low, options, *_ = prepared(*large_problem(OPTIONS["packed"], "target", 128, 128), torch.bfloat16)
     wanted = attend(low, options)
