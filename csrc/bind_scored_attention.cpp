@@ -31,6 +31,10 @@ using ResultsTuple = std::tuple<RowsTuple, uintptr_t, int64_t, int64_t>;
 // k; k_floor; temperature.
 using ChoiceTuple = std::tuple<int, int, float>;
 
+const char* name_of(gpu::AttentionKernel kernel) {
+    return kernel == gpu::AttentionKernel::hopper ? "hopper" : "portable";
+}
+
 gpu::AttentionSizes sizes_of(const SizesTuple& t) {
     const auto& [examples, heads, sharing, rows, keys, width, value_width, packed, only, target, pool, processors,
                  hopper] = t;
@@ -147,6 +151,7 @@ class AttentionLaunch {
 
     int64_t scratch_bytes() const { return scratch_bytes_; }
     int64_t tickets() const { return plan_.tickets; }
+    const char* kernel() const { return name_of(plan_.kernel); }
 
   private:
     int64_t lay_out(uintptr_t memory) {
@@ -192,9 +197,7 @@ void bind_scored_attention(py::module_& module) {
         .def_readonly("block_n", &gpu::AttentionPlan::block_n)
         .def_readonly("threads", &gpu::AttentionPlan::threads)
         .def_readonly("shared_bytes", &gpu::AttentionPlan::shared_bytes)
-        .def_property_readonly("kernel", [](const gpu::AttentionPlan& plan) {
-            return plan.kernel == gpu::AttentionKernel::hopper ? "hopper" : "portable";
-        });
+        .def_property_readonly("kernel", [](const gpu::AttentionPlan& plan) { return name_of(plan.kernel); });
     module.def(
         "hopper_attention_refuses",
         [](const SizesTuple& sizes) { return gpu::hopper_attention_refuses(sizes_of(sizes)); },
@@ -209,6 +212,7 @@ void bind_scored_attention(py::module_& module) {
                           const ClassifierTuple&, int, int, const ResultsTuple&, const ChoiceTuple&, bool>());
     launches.def_property_readonly("scratch_bytes", &AttentionLaunch::scratch_bytes);
     launches.def_property_readonly("tickets", &AttentionLaunch::tickets);
+    launches.def_property_readonly("kernel", &AttentionLaunch::kernel);
     launches.def("not_start", starting(&not_launched, &AttentionLaunch::at), "For tests: as start, up to the launch.");
 #if defined(ATTENT_CUDA) || defined(ATTENT_EMULATE)
     launches.def("start", starting(&gpu::launch_scored_attention, &AttentionLaunch::at),

@@ -31,31 +31,23 @@ WIDTHS = ((64, 64), (128, 128), (40, 64), (120, 104))
 
 
 @pytest.fixture(autouse=True)
-def on_hopper(on_the_cpu: Any) -> Iterator[list[str]]:
-    """As on compute capability 9.0, with 3 processors; the kernels that were planned."""
-    planned: list[str] = []
-
-    class Counted:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(on_the_cpu, name)
-
-        def plan_scored_attention(self, sizes: Any) -> Any:
-            plan = on_the_cpu.plan_scored_attention(sizes)
-            planned.append(plan.kernel)
-            return plan
-
+def on_hopper(on_the_cpu: Any) -> Iterator[None]:
+    """As on compute capability 9.0, with 3 processors."""
     with (
         mock.patch.object(launch_cuda, "runs_hopper", lambda _: True),
-        mock.patch.object(launch_cuda.native, "module", Counted()),
         mock.patch.object(runtime, "processors", lambda _: 3),
     ):
-        yield planned
+        yield
 
 
-def attend(planned: list[str], *arguments: Any, **more: Any) -> Any:
-    del planned[:]
+def assert_hopper_ran() -> None:
+    """Of all launches of this test."""
+    assert {launch.kernel for launch in launch_cuda._launches.values()} == {"hopper"}
+
+
+def attend(*arguments: Any, **more: Any) -> Any:
     out = portable.attend(*arguments, **more)
-    assert planned == ["hopper"]
+    assert_hopper_ran()
     return out
 
 
@@ -88,53 +80,72 @@ def test_the_kernel_is_the_specification_within_its_budget(
         options["cu_seqlens_k"] = torch.tensor([0, *ends, portable.KEYS], dtype=torch.int32)
     emulated.module().set_schedule(schedule)
     portable.run_large(*large_problem(options, loss, 64, 48, queries=queries), dtype)
+    assert_hopper_ran()
 
 
 CASES = [(name, loss, WIDTHS[i % 4], HALF[i % 2]) for i, (name, loss) in enumerate(itertools.product(OPTIONS, LOSSES))]
 
 
 @pytest.mark.parametrize(("name", "loss", "widths", "dtype"), CASES, ids=str)
-def test_many_tiles_fold_into_one_score(
-    on_hopper: list[str], name: str, loss: str, widths: tuple[int, int], dtype: torch.dtype
-) -> None:
+def test_many_tiles_fold_into_one_score(name: str, loss: str, widths: tuple[int, int], dtype: torch.dtype) -> None:
     emulated.module().set_schedule(hash_of(name, loss, widths))
     portable.run_large(*large_problem(OPTIONS[name], loss, *widths), dtype)
-    assert on_hopper == ["hopper"]
+    assert_hopper_ran()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("name", ["causal", "packed"])
-def test_the_order_of_blocks_threads_and_copies_changes_no_bit(on_hopper: list[str], name: str, loss: str) -> None:
+def test_the_order_of_blocks_threads_and_copies_changes_no_bit(name: str, loss: str) -> None:
     low, options, *_ = prepared(*large_problem(OPTIONS[name], loss, 64, 64), torch.bfloat16)
     runs = []
     for seed in (0, 1, 2):
         emulated.module().set_schedule(seed)
         runtime.poison_workspaces()
-        out = attend(on_hopper, low, options)
+        out = attend(low, options)
         runs.append([*out[:-1], *out.selection])
     for again in runs[1:]:
         for found, wanted in zip(again, runs[0], strict=True):
             assert found is wanted is None or torch.equal(found, wanted)
 
 
-def test_rows_and_keys_that_are_padding_change_nothing(on_hopper: list[str]) -> None:
+def test_rows_and_keys_that_are_padding_change_nothing() -> None:
     """They may be copied, and 0 times NaN is NaN: values behind an example's last key are zeroed."""
     options = OPTIONS["lengths"]
     low, low_options, *_ = prepared(*large_problem(options, "mean", 64, 64), torch.bfloat16)
-    wanted = attend(on_hopper, low, low_options)
+    wanted = attend(low, low_options)
     for example in range(3):
         low["query"][example, :, options["query_lengths"][example] :] = NAN
         low["key"][example, :, options["key_lengths"][example] :] = NAN
         low["value"][example, :, options["key_lengths"][example] :] = NAN
-    found = attend(on_hopper, low, low_options)
+    found = attend(low, low_options)
     assert all(torch.equal(x, y) for x, y in zip(found[:-1], wanted[:-1], strict=True))
 
 
-def test_an_example_is_not_touched_by_the_next_ones_values(on_hopper: list[str]) -> None:
+def test_padding_behind_the_last_row_is_stored_before_the_choice() -> None:
+    """One block, whose last unit is padding: where that is staged, the choice's memory is."""
+    lengths = {"query_lengths": torch.tensor([portable.QUERIES, 0, 40])}
+    with mock.patch.object(runtime, "processors", lambda _: 1):
+        for schedule in (1, 2):
+            emulated.module().set_schedule(schedule)
+            out = portable.run_large(*large_problem(lengths, "target", 64, 64), torch.bfloat16)
+            assert not out.output[2, :, 40:].any()
+    assert_hopper_ran()
+
+
+@pytest.mark.parametrize(("widths", "keys"), [((64, 64), 900), ((128, 128), 600)])
+def test_a_unit_has_more_tiles_of_keys_than_slots(widths: tuple[int, int], keys: int) -> None:
+    with mock.patch.object(portable, "KEYS", keys):
+        for schedule in (1, 2):
+            emulated.module().set_schedule(schedule)
+            portable.run_large(*large_problem({}, "target", *widths, queries=20), torch.bfloat16)
+    assert_hopper_ran()
+
+
+def test_an_example_is_not_touched_by_the_next_ones_values() -> None:
     low, options, *_ = prepared(*large_problem(OPTIONS["packed"], "target", 128, 128), torch.bfloat16)
-    wanted = attend(on_hopper, low, options)
+    wanted = attend(low, options)
     low["value"][60:] = float("inf")
-    found = attend(on_hopper, low, options)
+    found = attend(low, options)
     assert torch.equal(found.output[:130], wanted.output[:130]) and found.scores[0] == wanted.scores[0]
 
 

@@ -21,6 +21,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -60,6 +61,8 @@ inline int& launches() {
 
 constexpr int WARP = 32;
 constexpr size_t STACK = 256 << 10;  // of a thread; far more than any kernel's frames
+// Rounds of all threads without a move, after which there is none: a copy under way lands in each with 1 chance in 4.
+constexpr int IDLE_ROUNDS = 1000;
 
 // All that arrive wait for the last of them.
 struct Barrier {
@@ -95,6 +98,7 @@ struct Thread {
     uint64_t waits_since = 0;
     bool has_started = false, has_ended = false;
     std::vector<std::vector<Copy>> copies;  // by group; the last is still open
+    std::shared_ptr<void> products;         // under way (emulate_hopper.h)
     jmp_buf here;
     ucontext_t start;
 };
@@ -106,8 +110,11 @@ struct Block {
     size_t shared_bytes = 0;
     std::vector<Thread> threads;
     std::vector<Warp> warps;
-    Barrier barrier;
+    Barrier barrier, some[16];  // of all threads, and of those that name one
     Thread* current = nullptr;
+    bool has_moved = false;  // somebody did more than look at a barrier of hopper.cuh again
+    std::map<uint32_t, const Thread*>
+        unpublished;  // 16 bytes of dynamic shared memory: who stored them (emulate_hopper.h)
     std::mt19937_64 random;
     jmp_buf scheduler;
     void (*body)(void*) = nullptr;
@@ -192,20 +199,24 @@ inline void run_threads(const std::vector<std::unique_ptr<unsigned char[]>>& sta
     Block& b = block();
     std::vector<int> order(b.threads.size());
     for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
+    int idle = 0;
     for (;;) {
         std::shuffle(order.begin(), order.end(), b.random);
-        bool has_moved = false, has_ended = true;
+        bool has_run = false, has_ended = true;
+        b.has_moved = false;
         for (int i : order) {
             Thread& thread = b.threads[i];
             if (thread.has_ended) continue;
             has_ended = false;
             if (thread.waits_for != nullptr && thread.waits_for->generation == thread.waits_since) continue;
-            has_moved = true;
+            has_run = true;
             run(thread, stacks[i].get());
+            if (thread.has_ended || thread.waits_for != nullptr) b.has_moved = true;
             if (b.failure) std::rethrow_exception(b.failure);
         }
         if (has_ended) return;
-        if (!has_moved) throw std::logic_error("threads wait for others that never come");
+        idle = b.has_moved ? 0 : idle + 1;
+        if (!has_run || idle == IDLE_ROUNDS) throw std::logic_error("threads wait for others that never come");
     }
 }
 
@@ -233,6 +244,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 size, size_t shared_b
         b.index = dim3(x);
         b.failure = nullptr;
         b.barrier = Barrier();
+        std::fill(std::begin(b.some), std::end(b.some), Barrier());
+        b.unpublished.clear();
         std::fill(b.shared.begin(), b.shared.end(), 0xFF);
         b.warps.assign((threads + WARP - 1) / WARP, Warp());
         b.threads.assign(threads, Thread());
@@ -298,8 +311,7 @@ inline void __syncthreads() {
 namespace attent::emulate {
 // bar.sync: a barrier of some threads of the block.
 inline void sync_some(int id, int threads) {
-    static Barrier barriers[16];
-    wait_at(barriers[id], threads);
+    wait_at(block().some[id], threads);
 }
 }  // namespace attent::emulate
 inline void __syncwarp(unsigned = 0xffffffffu) {

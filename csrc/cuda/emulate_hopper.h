@@ -1,6 +1,7 @@
 // Hopper's copies, barriers and products for kernels that run on a CPU (emulate.h): the twins of hopper.cuh's and
 // hopper_products.cuh's. A copy lands at some time between its start and the end of a wait for it, drawn; a product reads
-// its operands as late as it may, when it is waited for: what overwrites them before shows.
+// its operands as late as it may, when it is waited for: what overwrites them before shows. Errors: a product of operands
+// that a thread stored and has not published, a group of products without a fence before it, and waits without an end.
 #pragma once
 
 #include <functional>
@@ -32,7 +33,13 @@ inline void init_barrier(SharedAddress barrier, int arrivals) {
     barrier_at(barrier).count = barrier_at(barrier).pending = arrivals;
 }
 inline void publish_barriers() {}
-inline void publish_stores() {}
+// Of the calling thread alone: what another stored stays unpublished until that one comes by.
+inline void publish_stores() {
+    auto& stores = emulate::block().unpublished;
+    for (auto store = stores.begin(); store != stores.end();) {
+        store = store->second == &emulate::here() ? stores.erase(store) : std::next(store);
+    }
+}
 inline void arrive(SharedAddress barrier) {
     Barrier& b = barrier_at(barrier);
     if (b.pending-- == 0) throw std::logic_error("more arrivals than the barrier counts");
@@ -44,18 +51,19 @@ inline void arrive_and_expect(SharedAddress barrier, int bytes) {
 }
 inline void wait(SharedAddress barrier, uint32_t parity) {
     Barrier& b = barrier_at(barrier);
-    for (int turns = 0; b.phase == parity; ++turns) {
-        if (turns > 1000000) throw std::logic_error("a wait at a barrier that nobody completes");
+    while (b.phase == parity) {
         // A copy lands at some time, in any order.
         if (!b.copies.empty() && emulate::block().random() % 4 == 0) {
             const size_t which = emulate::block().random() % b.copies.size();
             const auto copy = b.copies[which];
             b.copies.erase(b.copies.begin() + static_cast<std::ptrdiff_t>(which));
             copy();
+            emulate::block().has_moved = true;
             continue;
         }
         emulate::back_to_scheduler();
     }
+    emulate::block().has_moved = true;
 }
 
 // ------------------------------------------------------------------------------------------------------------- copies
@@ -110,20 +118,30 @@ struct Product {
     uint64_t a, b;
     bool b_is_transposed, adds;
 };
-// Products that a thread has started, by group; the last is still open.
-using ProductGroups = std::vector<std::vector<Product>>;
-inline ProductGroups& products_of_thread() {
-    static std::map<unsigned, ProductGroups> all;
-    ProductGroups& groups = all[threadIdx.x];
-    if (groups.empty()) groups.emplace_back();
-    return groups;
+// Products that a thread has started.
+struct Products {
+    std::vector<std::vector<Product>> groups{1};  // the last is still open
+    bool is_fenced = false;                       // a fence lies between what the thread computed and the open group
+};
+inline Products& products_of_thread() {
+    std::shared_ptr<void>& held = emulate::here().products;
+    if (held == nullptr) held = std::make_shared<Products>();
+    return *static_cast<Products*>(held.get());
 }
-inline void fence_products() {}
+inline void fence_products() {
+    emulate::meet("wgmma.fence", 0);
+    products_of_thread().is_fenced = true;
+}
+inline void start(const Product& product) {
+    if (!products_of_thread().is_fenced) throw std::logic_error("a group of products without a fence");
+    products_of_thread().groups.back().push_back(product);
+}
 template <int N>
 void fence_registers(float (&)[N]) {}
 inline void commit_products() {
     emulate::meet("wgmma.commit_group", 0);
-    products_of_thread().emplace_back();
+    products_of_thread().groups.emplace_back();
+    products_of_thread().is_fenced = false;
 }
 
 // Number (row, k) of a tile of rows; or, of a transposed operand, (column, k): rows are k there, 64 columns side by side,
@@ -136,6 +154,7 @@ T number_of_operand(uint64_t descriptor, int row, int k, bool is_transposed) {
     uint32_t at = is_transposed ? start + row / 64 * leading + k / 8 * atom + k % 8 * 128 + 2 * (row % 64)
                                 : start + row / 8 * atom + row % 8 * 128 + 2 * k;
     at ^= (at >> 7 & 7) << 4;
+    if (emulate::block().unpublished.count(at / 16) != 0) throw std::logic_error("a product of unpublished stores");
     T value;
     std::memcpy(&value, emulate::at_shared(at, 2), 2);
     return value;
@@ -171,7 +190,7 @@ void rows_of_a(float (&rows)[2][16], const Product& product) {
 // Instructions of the whole warp: no lane goes on, and tells others that it has read its operands, before all have.
 template <typename T, int IN_FLIGHT>
 void wait_for_products() {
-    ProductGroups& groups = products_of_thread();
+    auto& groups = products_of_thread().groups;
     while (static_cast<int>(groups.size()) - 1 > IN_FLIGHT) {
         for (const Product& product : groups.front()) {
             float rows[2][16];

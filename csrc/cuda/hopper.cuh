@@ -24,7 +24,7 @@ constexpr int ACCUMULATORS = 128;  // of each of 128 threads: [64, 256]
 
 template <typename T>
 void start_product(float (&d)[ACCUMULATORS], uint64_t a, uint64_t b, bool adds) {
-    products_of_thread().back().push_back({d, 256, nullptr, a, b, false, adds});
+    start({d, 256, nullptr, a, b, false, adds});
 }
 
 #else

@@ -18,11 +18,11 @@ namespace attent::gpu::hopper {
 
 template <typename T>
 void start_product(float (&d)[64], uint64_t a, uint64_t b, bool adds) {
-    products_of_thread().back().push_back({d, 128, nullptr, a, b, false, adds});
+    start({d, 128, nullptr, a, b, false, adds});
 }
 template <typename T, int ACCUMULATORS>
 void start_row_product(float (&d)[ACCUMULATORS], const uint32_t (&a)[4], uint64_t b) {
-    products_of_thread().back().push_back({d, 2 * ACCUMULATORS, a, 0, b, true, true});
+    start({d, 2 * ACCUMULATORS, a, 0, b, true, true});
 }
 
 #else

@@ -64,7 +64,10 @@ __global__ void __launch_bounds__(HopperShape::THREADS, 1)
         chooses = end_of_unit<C>(found, a, unit, true, at) || chooses;
     }
     // Whoever has ended the launch chooses when it is out of units: padding may still have been among them.
-    if (chooses) choose<C>(a);
+    if (chooses) {
+        C::block().wait();  // all warps have stored that padding, which is staged where the choice's memory is
+        choose<C>(a);
+    }
 }
 
 }  // namespace attent::gpu

@@ -107,6 +107,7 @@ inline void store_shared_4(SharedAddress address, uint32_t value) {
 }
 inline void store_shared_16(SharedAddress address, const uint4& value) {
     std::memcpy(emulate::at_shared(address, 16), &value, 16);
+    emulate::block().unpublished[address / 16] = &emulate::here();
 }
 
 #else
