@@ -297,8 +297,9 @@ def _is_plain_eager(problem: Problem, gradients: Gradients | None = None) -> boo
         and not problem.query.is_meta  # the tiles of a shape that no machine holds would be counted for hours
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
+        and all(type(tensor) in _PLAIN for tensor in tensors)
         # A negated view (x.conj().imag) keeps its sign beside its memory, where a kernel would not look.
-        and all(type(tensor) in _PLAIN and (tensor is None or not tensor.is_neg()) for tensor in tensors)
+        and not any(isinstance(tensor, Tensor) and tensor.is_neg() for tensor in tensors)
     )
 
 
