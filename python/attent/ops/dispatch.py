@@ -53,7 +53,7 @@ def backends() -> dict[str, str]:
     return {name: unavailable(name) or "available" for name in BACKENDS}
 
 
-def _unavailable(backend: str) -> str | None:
+def unavailable(backend: str) -> str | None:
     """Why ``backend`` cannot run on this machine; None if it can."""
     if backend == "torch":
         return None
@@ -69,8 +69,9 @@ def _unavailable(backend: str) -> str | None:
     return None
 
 
-#: Constant to torch.compile: it does not change within a process, and PyTorch 2.9 cannot trace the import system.
-unavailable: Callable[[str], str | None] = torch.compiler.assume_constant_result(_unavailable)
+# Constant to torch.compile: it does not change within a process, and PyTorch 2.9 cannot trace the import system. This is
+# what torch.compiler.assume_constant_result does, which for it imports all of torch._dynamo: a second of everybody's time.
+vars(unavailable)["_dynamo_marked_constant"] = True
 
 
 def choose(op: str, backend: str, device: torch.device, *call: Any) -> str:
