@@ -69,8 +69,8 @@ def unavailable(backend: str) -> str | None:
     return None
 
 
-# Constant to torch.compile: it does not change within a process, and PyTorch 2.9 cannot trace the import system. This is
-# what torch.compiler.assume_constant_result does, which for it imports all of torch._dynamo: a second of everybody's time.
+# Constant to torch.compile: it does not change within a process, and PyTorch 2.9 cannot trace the import system.
+# torch.compiler.assume_constant_result sets the same mark, and imports torch._dynamo for it: a second of importing.
 vars(unavailable)["_dynamo_marked_constant"] = True
 
 
