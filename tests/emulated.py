@@ -94,7 +94,8 @@ def _built() -> Path:
 
 
 def _load(library: Path) -> Any:
-    spec = importlib.util.spec_from_file_location("attent_emulated", library)
+    # A name of its own: pybind11 gives back the first module that it made of a name, whatever file the next is in.
+    spec = importlib.util.spec_from_file_location(f"{library.parent.name}.attent_emulated", library)
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
