@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -247,10 +247,9 @@ def test_the_order_of_blocks_threads_and_copies_changes_no_bit(name: str, loss: 
             assert found is wanted is None or torch.equal(found, wanted), name_
 
 
-def test_rows_and_keys_that_are_padding_are_not_read() -> None:
+def assert_padding_changes_nothing(attend: Callable[..., Any]) -> None:
     options = OPTIONS["lengths"]
-    tensors, arguments = large_problem(options, "mean", 64, 64)
-    low, low_options, *_ = prepared(tensors, arguments, torch.bfloat16)
+    low, low_options, *_ = prepared(*large_problem(options, "mean", 64, 64), torch.bfloat16)
     wanted = attend(low, low_options)
     for example in range(3):
         low["query"][example, :, options["query_lengths"][example] :] = NAN
@@ -258,6 +257,10 @@ def test_rows_and_keys_that_are_padding_are_not_read() -> None:
         low["value"][example, :, options["key_lengths"][example] :] = NAN
     found = attend(low, low_options)
     assert all(torch.equal(x, y) for x, y in zip(found[:-1], wanted[:-1], strict=True))
+
+
+def test_rows_and_keys_that_are_padding_are_not_read() -> None:
+    assert_padding_changes_nothing(attend)
 
 
 def test_lengths_and_cu_seqlens_outside_of_the_tensors_are_clamped() -> None:

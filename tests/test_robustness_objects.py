@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import attent
+
+from .threads import assert_threads_agree
 
 
 def taught() -> attent.Teacher:
@@ -200,19 +201,7 @@ def test_many_threads_get_the_same_bits() -> None:
         attended = attent.scored_attention(Q, Q, Q, target=Q, score="residual", top_k=1, backend="torch")
         return loss, found, *chosen, attended.scores, attended.selection.index
 
-    expected, wrong = everything(), []
-
-    def work() -> None:
-        for _ in range(10):
-            if not all(torch.equal(a, b) for a, b in zip(everything(), expected, strict=True)):
-                wrong.append(1)
-
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert not any(thread.is_alive() for thread in threads) and wrong == []
+    assert_threads_agree(everything, times=10)
 
 
 class Counting(torch.utils.data.Dataset):  # type: ignore[type-arg]

@@ -5,7 +5,6 @@ Layouts, poison and draws as in ``test_robustness.py``; the slow tier draws many
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ import attent
 
 from .test_robustness import DRAWS, LAYOUTS, POISON, TINY, assert_same, drawn, normal
 from .test_robustness_objects import N, adversarial
+from .threads import assert_threads_agree
 
 B = 6
 
@@ -243,15 +243,4 @@ def test_teachers_in_many_threads_choose_as_one_alone_would() -> None:
         teacher = attent.Teacher(200, total_steps=20, warmup=0)
         return [teacher.choose(pool, example_ids=torch.arange(200)).index for _ in range(20)]
 
-    expected, wrong = lessons(), []
-
-    def work() -> None:
-        if not all(torch.equal(a, b) for a, b in zip(lessons(), expected, strict=True)):
-            wrong.append(1)
-
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert not any(thread.is_alive() for thread in threads) and wrong == []
+    assert_threads_agree(lessons)
