@@ -44,9 +44,15 @@ def cuda_unavailable() -> str | None:
         return reason
     if module.cuda_absent is not None:
         return f"attent was built without CUDA kernels: {module.cuda_absent}"
-    if not torch.cuda.is_available():
+    # Before each launch: the long way only until something has been done on a GPU.
+    if not torch.cuda.is_initialized() and not torch.cuda.is_available():
         return "no CUDA device"
-    return _outdated_driver(*cuda_versions()) or _unsupported(torch.cuda.get_device_capability(), cuda_archs())
+    return _unfit(torch.cuda.current_device())
+
+
+@functools.cache
+def _unfit(device: int) -> str | None:
+    return _outdated_driver(*cuda_versions()) or _unsupported(torch.cuda.get_device_capability(device), cuda_archs())
 
 
 def cuda_archs() -> tuple[str, ...]:
@@ -72,7 +78,6 @@ def _outdated_driver(driver: int, runtime: int) -> str | None:
     )
 
 
-@functools.lru_cache(maxsize=16)
 def _unsupported(capability: tuple[int, int], archs: Sequence[str]) -> str | None:
     """Machine code runs on its major version from its minor on, with a letter on just that one; PTX on all later."""
     major, minor = capability

@@ -88,7 +88,14 @@ def allocator(device: torch.device) -> Allocate:
         fast = _on_cpu
     elif device.type == "cuda" and device.index == torch.cuda.current_device():
         fast = _on_current_gpu
-    return functools.partial(torch.empty_strided, device=device) if fast is None else fast
+    return _allocator_by_name(device) if fast is None else fast
+
+
+def _allocator_by_name(device: torch.device) -> Allocate:
+    def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+    return empty
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:

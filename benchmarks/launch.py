@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import attent
-from attent.ops import dispatch, linear_cross_entropy, linear_cross_entropy_op, select_top_k
+from attent.ops import dispatch, linear_cross_entropy, select_top_k, triton_scored_attention
 from attent.ops import score_and_select as scored_selection
 from attent_kernels import cuda_select, native, runtime
 from attent_kernels.attention import launch_cuda
@@ -133,19 +133,13 @@ def parts(call: Call) -> dict[str, list[Patch]]:
         "attention": (launch_cuda, "scored_attention"),
         "scorer": (launch_scorer_cuda, "score_tokens"),
     }
-    ops = {
-        "select_top_k": select_top_k._run,
-        "linear_cross_entropy": linear_cross_entropy_op._forward,
-    }
     with patched([(module, name, noted(key, getattr(module, name))) for key, (module, name) in launchers.items()]):
         call()
     launcher: list[Patch] = [
         (*launchers[key], lambda *_, ready=ready, **options: ready) for key, ready in seen.items() if key in launchers
     ]
-    direct: list[Patch] = [(torch.ops.attent, name, function) for name, function in ops.items()]
     return {
         "launcher": launcher,
-        "dispatcher": direct,
         "workspace": lent_at_once(call),
         "outputs": allocated_at_once(call),
     }
@@ -178,7 +172,7 @@ def allocated_at_once(call: Call) -> list[Patch]:
 
         return empty
 
-    places = (runtime, cuda_select, launch_scorer_cuda)
+    places = (runtime, cuda_select, launch_scorer_cuda, triton_scored_attention)
     with patched([(place, "allocator", noted) for place in places]):
         call()
     again = itertools.cycle(made)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,9 +32,18 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def gpu(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def gpu(kernels: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    has(monkeypatch, (9, 0))
+    yield
+    native._unfit.cache_clear()
+
+
+def has(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """The machine has a device of this compute capability, and nobody has asked about it before."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    native._unfit.cache_clear()
 
 
 def test_auto_takes_torch_on_a_cpu(kernels: None) -> None:
@@ -77,15 +88,13 @@ def test_a_backend_that_cannot_run_is_refused_with_the_reason(monkeypatch: pytes
     assert "'auto', 'cuda', 'triton', 'torch'" in refusal("all", None, CPU)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    has(monkeypatch, (9, 0))
     assert "takes CUDA tensors, these are on cpu" in refusal("all", "triton", CPU)
     assert "takes CUDA tensors, these are on cpu" in refusal("all", "cuda", CPU)
     assert "plain has no triton kernel yet" in refusal("plain", "triton", CUDA)
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "triton is not installed" in refusal("all", "triton", CUDA)
-
-    monkeypatch.setattr(dispatch, "_implementations", {"plain": {"torch": print}})
-    assert "this release of attent has no triton kernels yet" in refusal("plain", "triton", CUDA)
 
 
 @pytest.mark.usefixtures("gpu")
@@ -97,6 +106,7 @@ def test_auto_never_takes_cuda_before_it_is_measured() -> None:
 @pytest.mark.usefixtures("gpu")
 def test_cuda_kernels_that_cannot_run_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def machine(**changes: object) -> None:
+        native._unfit.cache_clear()
         built = {"cuda_absent": None, "cuda_archs": "80;90a", "cuda_versions": lambda: (13000, 13000)} | changes
         monkeypatch.setattr(native, "module", SimpleNamespace(**built))
 
@@ -131,13 +141,21 @@ def test_a_build_for_other_gpus_is_refused_with_the_reason(
     assert native.module is not None
     monkeypatch.setattr(native.module, "cuda_archs", archs)
     for capability in runs_on:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
+        has(monkeypatch, capability)
         assert dispatch.unavailable("cuda") is None
     for capability in not_on:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
+        has(monkeypatch, capability)
         assert f"this device is sm_{capability[0]}{capability[1]}: build with ATTENT_CUDA_ARCHS" in refusal(
             "all", "cuda", CUDA
         )
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_device_is_asked_once_what_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking takes as long as a launch."""
+    assert dispatch.unavailable("cuda") is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: pytest.fail("asked again"))
+    assert dispatch.choose("all", "cuda", CUDA) == "cuda"
 
 
 @pytest.mark.usefixtures("kernels")

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import attent
 from attent_kernels import native
+from benchmarks.launch import calls, without_launching
 
 
 def test_importing_attent_brings_no_compiler_and_no_trainer() -> None:
@@ -36,6 +37,41 @@ def test_the_cuda_launchers_bring_no_triton() -> None:
     root = Path(__file__).resolve().parent.parent
     said = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
+
+
+@pytest.mark.skipif(native.module is None, reason=str(native.reason))
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("select_top_k, hard", 80),
+        ("scored_attention, residual, top k", 180),
+        ("linear_cross_entropy, logit", 140),
+        ("score_and_select", 175),
+    ],
+)
+def test_a_cuda_launch_takes_no_more_function_calls(name: str, most: int) -> None:
+    """All Python and C functions between the public call and its launch, as counted by CPython 3.11, rounded up."""
+    with without_launching():
+        call = calls()[name]
+        assert function_calls(call) <= most
+
+
+def function_calls(call: Callable[[], object]) -> int:
+    """How many functions a second call calls."""
+    call()
+    count = 0
+
+    def count_one(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    usual = sys.getprofile()
+    sys.setprofile(count_one)
+    try:
+        call()
+    finally:
+        sys.setprofile(usual)
+    return count
 
 
 class Counting(TorchDispatchMode):

@@ -18,6 +18,7 @@ from attent import Readout, reference, scored_attention
 from attent.ops import scored_attention_op, torch_scored_attention
 from attent.ops.scored_attention import POOLS
 from attent.ops.scored_attention_op import Gradients, Problem, Saved, Scoring, empty_results
+from attent_kernels import runtime
 
 from .scored_attention_problems import FLOAT64, call, cu_seqlens, gradients, output_shape, randn
 from .test_scored_attention import as_elsewhere
@@ -129,7 +130,9 @@ def test_nothing_is_read_back_where_that_would_wait_for_a_device(packed: bool, l
     problem = Problem(query, key, value, *aim, *lengths, True, 0.3, 2, -1, None, pool, rows, "torch")
     scoring = Scoring("residual" if loss == "target" else "head", "rms", 2, 1.0, 0.5, empty(1, dtype=torch.int64))
     results = torch_scored_attention.scored_attention_forward(problem, scoring)
-    for name, result, promised in zip(results._fields, results, empty_results(problem, scoring), strict=True):
+    for name, result, promised in zip(
+        results._fields, results, empty_results(problem, scoring, runtime.allocator(query.device)), strict=True
+    ):
         assert (result.shape, result.dtype) == (promised.shape, promised.dtype), name
         assert strides_that_matter(result) == strides_that_matter(promised), name
     saved = Saved(results.output, results.logsumexp, results.pooled, results.logit_gradient)
@@ -150,7 +153,7 @@ class LargestTensor(TorchDispatchMode):
 
     def __enter__(self) -> LargestTensor:
         # Called through the dispatcher, the op would be one operation to a mode.
-        self.within = mock.patch.object(scored_attention_op, "_is_plain_eager", return_value=True)
+        self.within = mock.patch.object(scored_attention_op, "is_plain_eager", return_value=True)
         self.within.start()
         super().__enter__()
         return self

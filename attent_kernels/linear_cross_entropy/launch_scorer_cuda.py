@@ -92,8 +92,11 @@ def score_tokens(
 
 
 def _empty_loss(empty: Allocate, tokens: torch.Size, batch: int, reduction: str | None) -> Tensor:
-    shape = {"none": tuple(tokens), "example": (batch,), None: (0,)}.get(reduction, ())
-    return empty(shape, contiguous_strides(shape), torch.float32)
+    if reduction in ("mean", "sum"):
+        return empty((), (), torch.float32)
+    if reduction == "none":
+        return empty(tuple(tokens), contiguous_strides(tokens), torch.float32)
+    return empty((batch if reduction == "example" else 0,), (1,), torch.float32)
 
 
 def _adjacent(values: Tensor | None) -> Tensor | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attent_kernels.attention import launch_cuda
+
 from . import dispatch
 from .scored_attention_op import Problem, Results, Scoring
 from .triton_scored_attention import launched
@@ -12,6 +14,7 @@ from .triton_scored_attention import launched
 CUDA_DTYPES = (torch.float16, torch.bfloat16)
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_WIDTH = 256
+_ALIGNED_NUMBERS = 8  # of 16 bits in 16 bytes
 
 
 def refuses(problem: Problem) -> str | None:
@@ -24,9 +27,10 @@ def refuses(problem: Problem) -> str | None:
         return f"it takes head dimensions up to {MAX_WIDTH}, not {widest}"
     if problem.target is not None and problem.target.dtype != dtype:
         return f"it takes a target in query's {_name(dtype)}, not {_name(problem.target.dtype)}"
-    for name in ("query", "key", "value", "target"):
-        tensor = getattr(problem, name)
-        reason = None if tensor is None or tensor.numel() == 0 else _unaligned(tensor)
+    for name, tensor in (
+        ("query", problem.query), ("key", problem.key), ("value", problem.value), ("target", problem.target),
+    ):  # fmt: skip
+        reason = None if tensor is None else _unaligned(tensor)
         if reason is not None:
             return f"of {name}, {reason}"
     for name, tensor in (("weight", problem.readout_weight), ("bias", problem.readout_bias)):
@@ -37,13 +41,15 @@ def refuses(problem: Problem) -> str | None:
 
 def _unaligned(tensor: Tensor) -> str | None:
     """Why rows of ``tensor`` cannot be copied 16 bytes at a time; None if they can."""
-    *outer, column = tensor.stride()
-    if column != 1 and tensor.shape[-1] > 1:
-        return f"its columns are {column} numbers apart, not side by side"
-    step = 16 // tensor.element_size()
-    if tensor.data_ptr() % 16 != 0 or any(stride % step for stride in outer):
-        return f"its rows do not all start at multiples of 16 bytes (strides {tuple(tensor.stride())})"
-    return None
+    strides = tensor.stride()
+    aligned = tensor.data_ptr() % 16 == 0
+    for stride in strides[:-1]:  # before each launch: a loop is faster than any() of a generator
+        aligned = aligned and stride % _ALIGNED_NUMBERS == 0
+    if (aligned and strides[-1] == 1) or tensor.numel() == 0:
+        return None
+    if strides[-1] != 1 and tensor.shape[-1] > 1:
+        return f"its columns are {strides[-1]} numbers apart, not side by side"
+    return None if aligned else f"its rows do not all start at multiples of 16 bytes (strides {tuple(strides)})"
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -53,6 +59,4 @@ def _name(dtype: torch.dtype) -> str:
 @dispatch.register("scored_attention", "cuda", refuses=refuses)
 def scored_attention_forward(problem: Problem, scoring: Scoring) -> Results:
     """Everything in one launch; a pool too large to choose from there is chosen from by a second one."""
-    from attent_kernels.attention.launch_cuda import scored_attention
-
-    return launched(problem, scoring, scored_attention)
+    return launched(problem, scoring, launch_cuda.scored_attention)

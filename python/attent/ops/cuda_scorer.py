@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from attent_kernels import pools
+from attent_kernels.linear_cross_entropy import launch_scorer_cuda
+from attent_kernels.linear_cross_entropy.scorer_workspace import Choose
 
 from .._checks import refuse
 from ..selection import Selection
@@ -60,8 +62,6 @@ def chooses_from(call: Call) -> bool:
 
 def score_and_select(call: Call, k: int, temperature: float, floor: float, seed: Tensor | None) -> Selection:
     """The lesson by the one score of a call that it takes."""
-    from attent_kernels.linear_cross_entropy.scorer_workspace import Choose
-
     scored = _launch(call, None, Choose(k, floor_count(k, floor), temperature, seed))
     return Selection(*scored.chosen)
 
@@ -73,6 +73,4 @@ def _check(call: Call) -> None:
 
 
 def _launch(call: Call, reduction: str | None, choose: Any) -> Any:
-    from attent_kernels.linear_cross_entropy.launch_scorer_cuda import score_tokens
-
-    return score_tokens(**triton_scorer.arguments_of(call, reduction), choose=choose)
+    return launch_scorer_cuda.score_tokens(**triton_scorer.arguments_of(call, reduction), choose=choose)

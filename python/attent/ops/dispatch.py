@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -57,10 +58,8 @@ def unavailable(backend: str) -> str | None:
     """Why ``backend`` cannot run on this machine; None if it can."""
     if backend == "torch":
         return None
-    if not any(backend in table for table in _implementations.values()):
-        return f"this release of attent has no {backend} kernels yet"
     if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if "triton" not in sys.modules and importlib.util.find_spec("triton") is None:
             return "triton is not installed (it is on Linux x86-64 only)"
         if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
             return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for testing)"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from attent_kernels import cuda_select
+
 from . import dispatch
 from .select_top_k import floor_count
+
+ThreeTensors = tuple[Tensor, Tensor, Tensor]
 
 
 def _refuses(scores: Tensor) -> str | None:
@@ -17,24 +21,14 @@ def _refuses(scores: Tensor) -> str | None:
     return None
 
 
-def _register(backend: str, launcher: str) -> None:
-    """``launcher``: the module, imported only when it is called: Triton need not be installed, and takes a second."""
-
-    @dispatch.register("select_top_k", backend, refuses=_refuses)
-    def select(
-        scores: Tensor,
-        k: int,
-        temperature: float,
-        floor: float,
-        valid: Tensor | None,
-        seed: Tensor | None,
-        sorted: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        index, score, inclusion = import_module(launcher).select_top_k(
-            scores, k, temperature, floor_count(k, floor), valid, seed, sorted
-        )
-        return index, score, inclusion
+@dispatch.register("select_top_k", "cuda", refuses=_refuses)
+def _by_cuda(scores: Tensor, k: int, temperature: float, floor: float, *arguments: Any) -> ThreeTensors:
+    return cuda_select.select_top_k(scores, k, temperature, floor_count(k, floor), *arguments)
 
 
-_register("triton", "attent_kernels.select")
-_register("cuda", "attent_kernels.cuda_select")
+@dispatch.register("select_top_k", "triton", refuses=_refuses)
+def _by_triton(scores: Tensor, k: int, temperature: float, floor: float, *arguments: Any) -> ThreeTensors:
+    from attent_kernels import select  # only now: Triton need not be installed, and takes a second
+
+    chosen: ThreeTensors = select.select_top_k(scores, k, temperature, floor_count(k, floor), *arguments)
+    return chosen

@@ -29,6 +29,7 @@ from . import cuda_scorer as cuda_scorer  # registers the cuda backend
 from . import torch_linear_cross_entropy as torch_linear_cross_entropy  # the torch backend
 from . import triton_linear_cross_entropy as triton_linear_cross_entropy  # and the triton backend
 from .dispatch import choose
+from .linear_cross_entropy_op import run
 
 SCORES = ("loss", "logit", "hidden", "head")
 PER_EXAMPLE = ("mean", "sum", "rms")
@@ -112,7 +113,7 @@ def linear_cross_entropy(
     )
     backend = choose("linear_cross_entropy", backend, input.device, input.dtype)
     grad = torch.is_grad_enabled()
-    loss, scores, *_ = torch.ops.attent.linear_cross_entropy(
+    loss, scores, *_ = run(
         input, linear_weight, target, linear_bias, weight, example_weight, cu_seqlens, reduction, ignore_index,
         label_smoothing, softcap, shift, names, per_example, None if group is None else group.group_name, backend,
         grad and input.requires_grad, grad and linear_weight.requires_grad,

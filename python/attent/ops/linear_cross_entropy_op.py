@@ -13,12 +13,14 @@ A backend is a pair of functions registered with :mod:`.dispatch` under the op's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .dispatch import implementation
+from .plain_eager import is_plain_eager
 
 ThreeTensors = tuple[Tensor, Tensor, Tensor]
 SixTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -129,10 +131,12 @@ def _empty_gradients(call: Call, computed: bool) -> ThreeTensors:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """Takes the op's arguments, then whether the call is plain (:func:`.plain_eager.is_plain_eager`)."""
+
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> SixTensors:
-        with torch._C._AutoDispatchBelowAutograd():
-            results: SixTensors = torch.ops.attent.linear_cross_entropy(*arguments)
+    def forward(ctx: Any, *arguments_and_plain: Any) -> SixTensors:
+        *arguments, is_plain = arguments_and_plain
+        results = _below_autograd(arguments, is_plain)
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
         ctx.gradients_in_forward = Call(*arguments).gradients_in_forward
@@ -146,7 +150,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        nothing: list[Tensor | None] = [None] * len(Call._fields)
+        nothing: list[Tensor | None] = [None] * (len(Call._fields) + 1)
         d_loss = upstream[0]
         if d_loss is None:
             return tuple(nothing)
@@ -154,26 +158,46 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled() and type(d_loss) is Tensor:
             raise RuntimeError("linear_cross_entropy is differentiable once: call backward without create_graph=True")
         if ctx.gradients_in_forward:
-            gradients = [gradient * d_loss for gradient in ctx.saved_tensors]
+            gradients: Sequence[Tensor] = [gradient * d_loss for gradient in ctx.saved_tensors]
         else:
-            gradients = torch.ops.attent.linear_cross_entropy_backward(d_loss, *ctx.saved_tensors, *ctx.options)
+            tensors = ctx.saved_tensors
+            is_plain = is_plain_eager((d_loss, *tensors))
+            backward = _backward if is_plain else torch.ops.attent.linear_cross_entropy_backward
+            gradients = backward(d_loss, *tensors, *ctx.options)
         for i, wanted, gradient in zip(_DIFFERENTIABLE, ctx.wanted, gradients, strict=True):
             nothing[i] = gradient if wanted else None
         return tuple(nothing)
 
 
-def _with_autograd(*arguments: Any) -> SixTensors:
+def _with_autograd(arguments: Sequence[Any], is_plain: bool) -> SixTensors:
     if torch.is_grad_enabled():
         for i in _DIFFERENTIABLE:
             if arguments[i] is not None and arguments[i].requires_grad:
                 apply: Any = _LinearCrossEntropy.apply
-                return cast(SixTensors, apply(*arguments))
+                return cast(SixTensors, apply(*arguments, is_plain))
+    return _below_autograd(arguments, is_plain)
+
+
+def _below_autograd(arguments: Sequence[Any], is_plain: bool) -> SixTensors:
     with torch._C._AutoDispatchBelowAutograd():
+        if is_plain:
+            return _forward(*arguments)
         return cast(SixTensors, torch.ops.attent.linear_cross_entropy(*arguments))
 
 
+def _autograd(*arguments: Any) -> SixTensors:
+    return _with_autograd(arguments, False)
+
+
+def run(*arguments: Any) -> SixTensors:
+    """Call the op, past the dispatcher where nobody listens there."""
+    if is_plain_eager(arguments[:_TENSORS]):
+        return _with_autograd(arguments, True)
+    return cast(SixTensors, torch.ops.attent.linear_cross_entropy(*arguments))
+
+
 torch.library.impl("attent::linear_cross_entropy", "CompositeExplicitAutograd", _forward)
-torch.library.impl("attent::linear_cross_entropy", "Autograd", _with_autograd)
+torch.library.impl("attent::linear_cross_entropy", "Autograd", _autograd)
 torch.library.register_fake("attent::linear_cross_entropy", _fake_forward)
 torch.library.impl("attent::linear_cross_entropy_backward", "CompositeExplicitAutograd", _backward)
 torch.library.register_fake("attent::linear_cross_entropy_backward", _fake_backward)

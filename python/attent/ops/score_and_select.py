@@ -12,7 +12,8 @@ from ..selection import Selection
 from . import cuda_scorer, triton_scorer
 from .dispatch import choose
 from .linear_cross_entropy import cast_for_autocast, check_options, check_scores, check_tensors
-from .linear_cross_entropy_op import Call
+from .linear_cross_entropy_op import Call, run
+from .plain_eager import is_plain_eager
 from .select_top_k import _check_numbers, _check_seed, select_top_k
 
 
@@ -79,13 +80,13 @@ def score_and_select(
         )  # fmt: skip
         # One launch, where a launch can do it; a compiled call is traced through the two ops instead.
         scorer = {"triton": triton_scorer, "cuda": cuda_scorer}.get(runs_on)
-        if scorer is not None and not torch.compiler.is_compiling() and scorer.chooses_from(call):
+        if scorer is not None and is_plain_eager(call[:7]) and scorer.chooses_from(call):
             _check_numbers(call.batch, k, temperature, floor)
             _check_seed(seed, input.device)
             drawn = seed_tensor(seed, input.device) if temperature > 0 or floor > 0 else None
             lesson: Selection = scorer.score_and_select(call, k, temperature, floor, drawn)
             return lesson
-        _, scores, counts, *_ = torch.ops.attent.linear_cross_entropy(*call)
+        _, scores, counts, *_ = run(*call)
         valid = counts > 0
         if example_weight is not None:
             valid &= example_weight != 0

@@ -238,11 +238,12 @@ def scored_attention(
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cast as autocast casts scaled_dot_product_attention, which is on its list of ops for the lower precision."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_tensor(name, tensor, "a floating-point tensor", dtypes=FLOATING)
+    check_tensor("query", query, "a floating-point tensor", dtypes=FLOATING)
     dtype = autocast_dtype(query.device)
     if dtype is None or query.dtype == torch.float64:
         return query, key, value
+    for name, tensor in (("key", key), ("value", value)):
+        check_tensor(name, tensor, "a floating-point tensor", dtypes=FLOATING)
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 

@@ -17,7 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attent_kernels.runtime import Allocate
+
 from . import dispatch
+from .plain_eager import is_plain_eager
 from .torch_attention import empty_rows_first, working_dtype
 
 
@@ -48,6 +51,10 @@ class Problem(NamedTuple):
     def batch(self) -> int:
         """B."""
         return self.query.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All of them; what is not there is None."""
+        return self[:_TENSORS]  # type: ignore[return-value]  # of a slice mypy forgets what the fields are
 
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """Query, key, value, readout weight and bias: what gradients come back for, in this order."""
@@ -152,46 +159,53 @@ def _backward(*arguments: Any) -> FiveTensors:
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(empty_results(Problem(*arguments[:_FIELDS]), Scoring(*arguments[_FIELDS:])))
+    problem = Problem(*arguments[:_FIELDS])
+
+    def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return problem.query.new_empty_strided(shape, strides, dtype=dtype)
+
+    return tuple(empty_results(problem, Scoring(*arguments[_FIELDS:]), empty))
 
 
 def _backward_fake(*arguments: Any) -> FiveTensors:
     return empty_gradients(Problem(*arguments[:_FIELDS]), arguments[-1])
 
 
-def empty_results(problem: Problem, scoring: Scoring) -> Results:
-    """Results of the right shapes, dtypes and strides, their values not set."""
-    query, heads, width = problem.query, problem.query.shape[1], problem.value.shape[-1]
-    batch, acc, top_k = problem.batch, working_dtype(query), scoring.top_k or 0
-
-    def empty(*shape: int, dtype: torch.dtype = acc) -> Tensor:
-        return query.new_empty(shape, dtype=dtype)
+def empty_results(problem: Problem, scoring: Scoring, empty: Allocate) -> Results:
+    """Results of the right shapes, dtypes and strides from an allocator, their values not set."""
+    heads, width = problem.query.shape[1], problem.value.shape[-1]
+    dtype, acc = problem.query.dtype, working_dtype(problem.query)
+    batch, top_k = problem.batch, scoring.top_k or 0
 
     if problem.rows == "none":
-        output, logsumexp = empty(0, dtype=query.dtype), empty(0)
+        output, logsumexp = empty((0,), (1,), dtype), empty((0,), (1,), acc)
     elif problem.cu_seqlens_q is not None:
-        rows = batch if problem.rows == "pooled" else query.shape[0]
-        output, logsumexp = empty(rows, heads, width, dtype=query.dtype), empty(heads, rows)
+        rows = batch if problem.rows == "pooled" else problem.query.shape[0]
+        output = empty((rows, heads, width), (heads * width, width, 1), dtype)
+        logsumexp = empty((heads, rows), (max(rows, 1), 1), acc)
     else:
-        rows = 1 if problem.rows == "pooled" else query.shape[2]
-        output, logsumexp = empty_rows_first(query, batch, heads, rows, width), empty(batch, heads, rows)
+        rows = 1 if problem.rows == "pooled" else problem.query.shape[2]
+        least = max(rows, 1)
+        output = empty((batch, heads, rows, width), (least * heads * width, width, heads * width, 1), dtype)
+        logsumexp = empty((batch, heads, rows), (heads * least, least, 1), acc)
     if problem.readout_weight is None:
-        logits, pooled, logit_gradient = empty(0, dtype=query.dtype), empty(0, dtype=query.dtype), empty(0)
+        logits, pooled, logit_gradient = empty((0,), (1,), dtype), empty((0,), (1,), dtype), empty((0,), (1,), acc)
     else:
         classes = problem.readout_weight.shape[0]
-        logits, pooled = empty(batch, classes, dtype=query.dtype), empty(batch, heads * width, dtype=query.dtype)
-        logit_gradient = empty(batch, classes)
+        logits = empty((batch, classes), (classes, 1), dtype)
+        pooled = empty((batch, heads * width), (heads * width, 1), dtype)
+        logit_gradient = empty((batch, classes), (classes, 1), acc)
     return Results(
         output,
         logsumexp,
-        empty(batch),
+        empty((batch,), (1,), acc),
         logits,
         pooled,
         logit_gradient,
-        scores=empty(0 if scoring.score is None else batch),
-        chosen=empty(top_k, dtype=torch.int64),
-        chosen_score=empty(top_k),
-        inclusion=empty(top_k),
+        scores=empty((0 if scoring.score is None else batch,), (1,), acc),
+        chosen=empty((top_k,), (1,), torch.int64),
+        chosen_score=empty((top_k,), (1,), acc),
+        inclusion=empty((top_k,), (1,), acc),
     )
 
 
@@ -229,8 +243,9 @@ class _ScoredAttention(torch.autograd.Function):
         bias: Tensor | None,
         problem: Problem,
         scoring: Scoring,
+        is_plain: bool,
     ) -> tuple[Tensor, ...]:
-        results = _below_autograd(problem, scoring)
+        results = _below_autograd(problem, scoring, is_plain)
         without_gradient = [results.logsumexp, *results[5:]]
         if problem.rows == "none":
             without_gradient.append(results.output)
@@ -239,7 +254,7 @@ class _ScoredAttention(torch.autograd.Function):
         ctx.mark_non_differentiable(*without_gradient)
         ctx.set_materialize_grads(False)  # what a loss does not use costs nothing
         saved = Saved(results.output, results.logsumexp, results.pooled, results.logit_gradient)
-        ctx.save_for_backward(*problem[:_TENSORS], *saved)
+        ctx.save_for_backward(*problem.tensors(), *saved)
         ctx.options = problem[_TENSORS:]
         return tuple(results)
 
@@ -247,63 +262,50 @@ class _ScoredAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients = Gradients(grads[0], *grads[2:5])
         if all(gradient is None for gradient in gradients):
-            return (None,) * 7
+            return (None,) * 8
         # once_differentiable would let a second derivative pass as 0. (What a compiler traces is not a plain Tensor.)
         if torch.is_grad_enabled() and any(type(gradient) is Tensor for gradient in gradients):
             raise RuntimeError("scored_attention is differentiable once: call backward without create_graph=True")
         to_readout = gradients.losses is not None or gradients.logits is not None
-        query, key, value, weight, bias, _, _ = ctx.needs_input_grad
+        query, key, value, weight, bias, *_ = ctx.needs_input_grad
         wanted = [query, key, value, weight and to_readout, bias and to_readout]
         tensors = ctx.saved_tensors
         problem, saved = Problem(*tensors[:_TENSORS], *ctx.options), Saved(*tensors[_TENSORS:])
         with torch._C._AutoDispatchBelowAutograd():
-            if _is_plain_eager(problem, gradients):
+            if is_plain_eager((*problem.tensors(), *gradients)):
                 five = _compute_backward(problem, saved, gradients, wanted)
             else:
                 five = torch.ops.attent.scored_attention_backward(*problem, *saved, *gradients, wanted)
-        return *(gradient if want else None for gradient, want in zip(five, wanted, strict=True)), None, None
+        return *(gradient if want else None for gradient, want in zip(five, wanted, strict=True)), None, None, None
 
 
-def _with_autograd(problem: Problem, scoring: Scoring) -> Results:
-    tensors = problem.differentiable()
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return Results(*_ScoredAttention.apply(*tensors, problem, scoring))  # type: ignore[no-untyped-call]
-    return _below_autograd(problem, scoring)
+def _with_autograd(problem: Problem, scoring: Scoring, is_plain: bool) -> Results:
+    if torch.is_grad_enabled():
+        tensors = problem.differentiable()
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                apply: Any = _ScoredAttention.apply
+                return Results(*apply(*tensors, problem, scoring, is_plain))
+    return _below_autograd(problem, scoring, is_plain)
 
 
-def _below_autograd(problem: Problem, scoring: Scoring) -> Results:
+def _below_autograd(problem: Problem, scoring: Scoring, is_plain: bool) -> Results:
     with torch._C._AutoDispatchBelowAutograd():
-        if _is_plain_eager(problem):
+        if is_plain:
             return _compute(problem, scoring)
         return Results(*torch.ops.attent.scored_attention(*problem, *scoring))
 
 
 def _autograd(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(_with_autograd(Problem(*arguments[:_FIELDS]), Scoring(*arguments[_FIELDS:])))
+    return tuple(_with_autograd(Problem(*arguments[:_FIELDS]), Scoring(*arguments[_FIELDS:]), False))
 
 
 def run(problem: Problem, scoring: Scoring) -> Results:
     """Call the op, past the dispatcher where nobody listens there: it took 0.15 ms of a training step on a CPU core."""
-    if _is_plain_eager(problem):
-        return _with_autograd(problem, scoring)
+    if is_plain_eager(problem.tensors()):
+        return _with_autograd(problem, scoring, True)
     return Results(*torch.ops.attent.scored_attention(*problem, *scoring))
 
-
-def _is_plain_eager(problem: Problem, gradients: Gradients | None = None) -> bool:
-    """No compiler, no mode, no transform, no tensor subclass and no tensor without data wants to see the op."""
-    tensors = problem[:_TENSORS] if gradients is None else (*problem[:_TENSORS], *gradients)
-    return (
-        not torch.compiler.is_compiling()
-        and not problem.query.is_meta  # the tiles of a shape that no machine holds would be counted for hours
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and all(type(tensor) in _PLAIN for tensor in tensors)
-        # A negated view (x.conj().imag) keeps its sign beside its memory, where a kernel would not look.
-        and not any(isinstance(tensor, Tensor) and tensor.is_neg() for tensor in tensors)
-    )
-
-
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 torch.library.impl("attent::scored_attention", "CompositeExplicitAutograd", _forward)
 torch.library.impl("attent::scored_attention", "Autograd", _autograd)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from .._checks import FLOATING, check_choice, check_int, check_number, check_ten
 from ..philox import gumbel, random_bits, seed_tensor
 from ..selection import Selection
 from . import dispatch
+from .plain_eager import is_plain_eager
 
 _INDEX_BITS = 31
 _INDEX_MASK = 2**_INDEX_BITS - 1
@@ -94,17 +96,11 @@ def select_top_k(
         negative = scores < 0 if valid is None else (scores < 0) & valid
         if bool(negative.any()):
             refuse("scores", f"a smallest score of {float(scores[negative].min())}", "scores >= 0 with temperature > 0")
-    index, score, inclusion = torch.ops.attent.select_top_k(
-        scores.detach(),
-        k,
-        temperature,
-        floor,
-        valid,
-        seed_tensor(seed, scores.device) if noisy else None,
-        sorted,
-        backend,
-    )
-    return Selection(index, score, inclusion)
+    drawn = seed_tensor(seed, scores.device) if noisy else None
+    scores = scores.detach()
+    if is_plain_eager((scores, valid, drawn)):
+        return Selection(*_select(backend, scores, k, temperature, floor, valid, drawn, sorted))
+    return Selection(*torch.ops.attent.select_top_k(scores, k, temperature, floor, valid, drawn, sorted, backend))
 
 
 def _check_numbers(n: int, k: int, temperature: float, floor: float) -> None:
@@ -158,9 +154,12 @@ def _run(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_numbers(scores.shape[0], k, temperature, floor)  # again: compiled callers have them only now
+    return _select(backend, scores, k, temperature, floor, valid, seed, sorted)
+
+
+def _select(backend: str, scores: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     chosen = dispatch.choose("select_top_k", backend, scores.device, scores)
-    select = dispatch.implementation("select_top_k", chosen)
-    index, score, inclusion = select(scores, k, temperature, floor, valid, seed, sorted)
+    index, score, inclusion = dispatch.implementation("select_top_k", chosen)(scores, *arguments)
     return index, score, inclusion
 
 

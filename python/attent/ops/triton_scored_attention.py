@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from attent_kernels import pools
+from attent_kernels.attention.records import Attention, Into, Loss, TopK
+from attent_kernels.runtime import allocator
 
 from . import dispatch
 from .scored_attention_op import Problem, Results, Scoring, empty_results
@@ -35,9 +37,7 @@ def scored_attention_forward(problem: Problem, scoring: Scoring) -> Results:
 
 def launched(problem: Problem, scoring: Scoring, launch: Callable[..., None]) -> Results:
     """The results of ``launch``, Triton's or CUDA C++'s launcher, which take the same records."""
-    from attent_kernels.attention.records import Attention, Into, Loss, TopK
-
-    results = empty_results(problem, scoring)
+    results = empty_results(problem, scoring, allocator(problem.query.device))
     if problem.batch == 0:
         return results
     attention = Attention(

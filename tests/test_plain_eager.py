@@ -1,0 +1,117 @@
+"""Calls go past the dispatcher when nobody listens there, and through it as soon as somebody does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import attent
+from attent.ops.plain_eager import is_plain_eager
+
+Call = Callable[[Tensor], Any]
+
+
+def select(x: Tensor) -> Tensor:
+    return attent.select_top_k(x[0, :, 0].abs(), 2, temperature=1.0, seed=3).index
+
+
+def loss(x: Tensor) -> Tensor:
+    result: Tensor = attent.linear_cross_entropy(x[0], x[1], torch.arange(4), score="logit")[1]
+    return result
+
+
+def attention(x: Tensor) -> Tensor:
+    scores = attent.scored_attention(x[:, None], x[:, None], x[:, None], target=x[:, None], score="residual").scores
+    assert scores is not None
+    return scores
+
+
+OPS: dict[str, Call] = {"select_top_k": select, "linear_cross_entropy": loss, "scored_attention": attention}
+each_op = pytest.mark.parametrize("name", OPS)
+
+
+def x() -> Tensor:
+    return torch.randn(2, 4, 8)
+
+
+def test_nobody_listens_to_a_plain_call() -> None:
+    assert is_plain_eager([x(), None, torch.nn.Parameter(x())])
+    with torch.no_grad(), torch.inference_mode():
+        assert is_plain_eager([x()])
+
+
+@each_op
+def test_the_profiler_lists_the_op(name: str) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        OPS[name](x())
+    assert f"attent::{name}" in {event.key for event in profile.key_averages()}
+
+
+@each_op
+def test_a_dispatch_mode_sees_the_op(name: str) -> None:
+    class Seeing(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    seen: list[Any] = []
+    with Seeing():
+        OPS[name](x())
+    assert getattr(torch.ops.attent, name).default in seen
+
+
+@each_op
+def test_a_function_mode_sees_the_op(name: str) -> None:
+    class Seeing(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    seen: list[Any] = []
+    with Seeing():
+        OPS[name](x())
+    assert getattr(torch.ops.attent, name) in seen
+
+
+@each_op
+def test_tracers_put_the_op_into_their_graphs(name: str) -> None:
+    by_fx = make_fx(OPS[name], tracing_mode="fake")(x())
+    assert getattr(torch.ops.attent, name).default in {node.target for node in by_fx.graph.nodes}
+
+
+def test_tensors_without_plain_data_go_through_the_dispatcher() -> None:
+    with FakeTensorMode():
+        fake = torch.empty(2)
+    negated = torch.randn(2, dtype=torch.complex64).conj().imag
+    assert negated.is_neg()
+    for tensor in (fake, torch.empty(2, device="meta"), negated):
+        assert not is_plain_eager([x(), tensor])
+
+
+def test_transforms_go_through_the_dispatcher() -> None:
+    seen: list[bool] = []
+
+    def looks(row: Tensor) -> Tensor:
+        seen.append(is_plain_eager([torch.ones(1)]))
+        return row
+
+    torch.func.vmap(looks)(x())
+    torch.func.grad(lambda row: looks(row).sum())(x())
+    assert seen == [False, False]
+
+
+@each_op
+def test_both_ways_give_the_same(name: str) -> None:
+    given = x()
+    directly = OPS[name](given)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        dispatched = OPS[name](given)
+    assert torch.equal(directly, dispatched)
