@@ -23,6 +23,7 @@ from attent import reference
 from attent_kernels import native, runtime
 from attent_kernels.linear_cross_entropy import launch_scorer_cuda
 from attent_kernels.linear_cross_entropy.configurations import Cut
+from attent_kernels.linear_cross_entropy.scorer_workspace import ToScore
 from tests import emulated
 
 from .linear_cross_entropy_problems import PER_EXAMPLE, REDUCTIONS, Problem, problems
@@ -231,7 +232,7 @@ def test_a_label_that_is_no_class_makes_its_own_example_nan(kernel: str) -> None
     target[1, 0], target[2, 1], target[3, 0] = 10, -7, 2**40
     options: dict[str, Any] = {"example_weight": torch.tensor([1.0, 1.0, 1.0, 0.0, 2.0]), "score": ("logit", "loss")}
     with launched_by(kernel):
-        result = launch_scorer_cuda.score_tokens(hidden, weight, target, reduction="example", **options)
+        result = launch_scorer_cuda.score_tokens(ToScore(hidden, weight, target, reduction="example", **options))
     for values in (result.loss, *result.scores):
         assert values.isnan().tolist() == [False, True, True, False, False] and float(values[3]) == 0
     assert torch.equal(result.counts, torch.full((5,), 2.0))
@@ -248,7 +249,7 @@ def test_offsets_that_nobody_checked_end_in_one_whole_result(numbers: list[int],
     cu_seqlens = torch.tensor(numbers, dtype=torch.int32)
     with launched_by(kernel):
         result = launch_scorer_cuda.score_tokens(
-            hidden, weight, target, cu_seqlens=cu_seqlens, reduction="sum", score=("loss",)
+            ToScore(hidden, weight, target, cu_seqlens=cu_seqlens, reduction="sum", score=("loss",))
         )
     assert float(result.counts.sum()) == tokens
     losses = reference.linear_cross_entropy(hidden.double(), weight.double(), target, reduction="none")
@@ -320,7 +321,7 @@ def test_the_launcher_lends_what_the_plan_says(kernel: str, options: dict[str, A
 
     hidden, weight, target = torch.randn(150, 8).half(), torch.randn(300, 8).half(), torch.randint(300, (150,))
     with launched_by(kernel), mock.patch.object(native, "module", Planned()):
-        launch_scorer_cuda.score_tokens(hidden, weight, target, score=("head",), **options)
+        launch_scorer_cuda.score_tokens(ToScore(hidden, weight, target, score=("head",), **options))
     launch, plan = planned[0]
     assert launch.tickets == plan["tickets"]
     # Each of up to 10 arrays starts at a multiple of 256 bytes.
@@ -393,9 +394,9 @@ def test_numbers_that_do_not_fit_are_refused_before_a_launch(kernel: str) -> Non
         mock.patch.object(launch_scorer_cuda, "cut", lambda *_: Cut(1, 0, 1)),
         pytest.raises(ValueError, match=r"^cut: got 1 row tiles, 1 groups of 0 vocabulary tiles"),
     ):
-        launch_scorer_cuda.score_tokens(hidden, weight, target)
+        launch_scorer_cuda.score_tokens(ToScore(hidden, weight, target))
     weight = torch.randn(9, 9).bfloat16()[:, 1:]  # not at a multiple of 16 bytes
     # The launcher goes to the next kernel, of which there is none here.
     with launched_by("hopper") as ran, pytest.raises(RuntimeError, match=r"no scorer kernel .* multiple of 16 bytes"):
-        launch_scorer_cuda.score_tokens(hidden, weight, target)
+        launch_scorer_cuda.score_tokens(ToScore(hidden, weight, target))
     assert ran == []

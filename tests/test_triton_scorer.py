@@ -17,7 +17,7 @@ from attent.ops import triton_scorer
 from attent.ops.linear_cross_entropy_op import Call
 from attent_kernels import runtime
 from attent_kernels.linear_cross_entropy.launch_scorer import score_tokens
-from attent_kernels.linear_cross_entropy.scorer_workspace import Scored, block_of_examples
+from attent_kernels.linear_cross_entropy.scorer_workspace import Scored, ToScore, block_of_examples
 
 from .launches import counted_launches
 from .linear_cross_entropy_problems import PER_EXAMPLE, REDUCTIONS, Problem, problems
@@ -248,7 +248,7 @@ def test_a_label_that_is_no_class_makes_its_own_example_nan() -> None:
     example_weight = torch.tensor([1.0, 1.0, 1.0, 0.0, 2.0])
     with small_tiles():
         result = score_tokens(
-            hidden, weight, target, example_weight=example_weight, reduction="example", score=("logit", "loss")
+            ToScore(hidden, weight, target, example_weight=example_weight, reduction="example", score=("logit", "loss"))
         )
     for values in (result.loss, *result.scores):
         assert values.isnan().tolist() == [False, True, True, False, False] and float(values[3]) == 0
@@ -266,9 +266,7 @@ def test_offsets_that_nobody_checked_end_in_one_whole_result(numbers: list[int],
     hidden, target = torch.randn(tokens, 4), torch.randint(5, (tokens,))
     cu_seqlens = torch.tensor(numbers, dtype=torch.int32)
     with small_tiles(rows=rows, classes=8):
-        result = score_tokens(
-            hidden, weight, target, cu_seqlens=cu_seqlens, reduction="sum", score=("loss",), shift=False
-        )
+        result = score_tokens(ToScore(hidden, weight, target, cu_seqlens=cu_seqlens, reduction="sum", score=("loss",)))
     assert runtime.open_tickets() == 0
     assert float(result.counts.sum()) == tokens
     expected = reference.linear_cross_entropy(hidden.double(), weight.double(), target, reduction="sum")
@@ -302,23 +300,18 @@ def test_blocks_hold_about_a_tile_of_tokens() -> None:
 # ------------------------------------------------------------------------------------------------------- the one launch
 
 
-def some_problem(**options: Any) -> dict[str, Any]:
+def some_problem(**options: Any) -> ToScore:
     torch.manual_seed(1)
-    return {
-        "input": torch.randn(3, 5, 6),
-        "linear_weight": torch.randn(7, 6),
-        "target": torch.randint(7, (3, 5)),
-        "score": ("loss", "logit"),
-        **options,
-    }
+    what = ToScore(torch.randn(3, 5, 6), torch.randn(7, 6), torch.randint(7, (3, 5)), score=("loss", "logit"))
+    return what._replace(**options)
 
 
 def test_results_are_the_same_to_the_bit_whatever_was_in_the_workspace() -> None:
     with small_tiles():
-        first = score_tokens(**some_problem())
+        first = score_tokens(some_problem())
         for _ in range(3):
             runtime.poison_workspaces()
-            again: Scored = score_tokens(**some_problem())
+            again: Scored = score_tokens(some_problem())
             assert all(torch.equal(a, b) for a, b in zip(first[:3], again[:3], strict=True))
             assert runtime.open_tickets() == 0
 
@@ -327,9 +320,9 @@ def test_the_order_in_which_programs_come_changes_no_bit() -> None:
     # One after the other, the last first: every fold is then done by another program.
     for options in (some_problem(), some_problem(label_smoothing=0.1, reduction="example")):
         with small_tiles():
-            first = score_tokens(**options)
+            first = score_tokens(options)
             with counted_launches(backwards=True):
-                last = score_tokens(**options)
+                last = score_tokens(options)
         assert all(torch.equal(a, b) for a, b in zip(first[:3], last[:3], strict=True))
         assert runtime.open_tickets() == 0
 
@@ -338,7 +331,7 @@ def test_how_tiles_are_swept_changes_no_bit() -> None:
     results = []
     for sweep in (1, 2, 3, 100):
         with small_tiles(sweep=sweep):
-            results.append(score_tokens(**some_problem(reduction="none")))
+            results.append(score_tokens(some_problem(reduction="none")))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0][:3], other[:3], strict=True))
 

@@ -15,7 +15,7 @@ from attent_kernels import runtime
 from attent_kernels.linear_cross_entropy import launch_scorer
 from attent_kernels.linear_cross_entropy.configurations import CANDIDATES, HALF, cut, kind_of
 from attent_kernels.linear_cross_entropy.launch_scorer import score_tokens
-from attent_kernels.linear_cross_entropy.scorer_workspace import Choose
+from attent_kernels.linear_cross_entropy.scorer_workspace import Choose, ToScore
 from benchmarks.ahead_of_time import SHARED_LIMIT, Compiled, compiled_for, unordered_tickets
 from benchmarks.resources import COMPILE_SECONDS
 
@@ -29,8 +29,9 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def launch(dtype: torch.dtype = torch.bfloat16, **options: Any) -> None:
     """8192 tokens of 16 examples."""
     target = meta(16, TOKENS // 16, dtype=torch.int64)
-    arguments = {"score": ("logit",), **options}
-    score_tokens(meta(16, TOKENS // 16, WIDTH, dtype=dtype), meta(CLASSES, WIDTH, dtype=dtype), target, **arguments)
+    how = {name: options.pop(name) for name in ("choose", "tiles", "parts") if name in options}
+    what = ToScore(meta(16, TOKENS // 16, WIDTH, dtype=dtype), meta(CLASSES, WIDTH, dtype=dtype), target)
+    score_tokens(what._replace(**{"score": ("logit",), **options}), **how)
 
 
 CHOOSE = Choose(4, 1, 1.0, meta(1, dtype=torch.int64))
@@ -133,17 +134,12 @@ def test_every_candidate_of_the_search_can_be_launched() -> None:
 
 
 def test_calls_of_one_kind_are_searched_once() -> None:
-    arguments: dict[str, Any] = {
-        "input": meta(256, 64),
-        "linear_weight": meta(1000, 64),
-        "target": meta(256, dtype=torch.int64),
-        **dict.fromkeys(("linear_bias", "weight", "cu_seqlens", "choose", "softcap")),
-        "label_smoothing": 0.0,
-    }
-    kind = kind_of(arguments)
-    assert kind_of({**arguments, "input": meta(300, 64)}) == kind  # as many within a factor of 2
+    what = ToScore(meta(256, 64), meta(1000, 64), meta(256, dtype=torch.int64))
+    kind = kind_of(what, None)
+    assert kind_of(what._replace(input=meta(300, 64)), None) == kind  # as many within a factor of 2
+    assert kind_of(what, CHOOSE) != kind
     for other in ({"softcap": 3.0}, {"input": meta(600, 64)}, {"linear_bias": meta(1000)}, {"target": meta(256, 1000)}):
-        assert kind_of({**arguments, **other}) != kind
+        assert kind_of(what._replace(**other), None) != kind
 
 
 def test_many_tokens_or_classes_keep_slots_small() -> None:

@@ -12,6 +12,7 @@ import torch
 
 from ..triton_target import INTERPRETED, compute_capability
 from .cut import Configuration, Cut, cut
+from .scorer_workspace import Choose, ToScore
 
 __all__ = ["CANDIDATES", "Configuration", "Cut", "configuration", "cut", "kind_of", "processors"]
 
@@ -104,17 +105,19 @@ def configuration(
     return chosen
 
 
-def kind_of(arguments: dict[str, Any]) -> tuple[Any, ...]:
-    """What decides which tiles are fastest, of the arguments of ``score_tokens``: dtype, sizes within 2, options."""
-    hidden, weight, target = arguments["input"], arguments["linear_weight"], arguments["target"]
+def kind_of(what: ToScore, choose: Choose | None) -> tuple[Any, ...]:
+    """What decides which tiles are fastest: dtype, sizes within 2, options."""
+    hidden = what.input
+    optional = what.linear_bias, what.weight, what.cu_seqlens, choose
     return (
         hidden.dtype,
         hidden.shape[-1],
         (hidden.numel() // hidden.shape[-1]).bit_length(),
-        weight.shape[0].bit_length(),
-        target.is_floating_point(),
-        *(bool(arguments[name]) for name in ("label_smoothing", "softcap")),
-        *(arguments[name] is None for name in ("linear_bias", "weight", "cu_seqlens", "choose")),
+        what.linear_weight.shape[0].bit_length(),
+        what.target.is_floating_point(),
+        bool(what.label_smoothing),
+        bool(what.softcap),
+        *(value is None for value in optional),
     )
 
 

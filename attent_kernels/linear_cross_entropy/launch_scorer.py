@@ -27,7 +27,6 @@ pipeline goes on from one vocabulary tile to the next.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +37,7 @@ from ..selection import scratch_length
 from .configurations import Configuration, Cut, configuration, cut, processors
 from .online import KEPT, KEPT_SPREAD
 from .scorer import score_kernel
-from .scorer_workspace import Choose, Scored, block_of_examples, lent_scratch, scratch_memory
+from .scorer_workspace import Choose, Scored, ToScore, block_of_examples, lent_scratch, scratch_memory
 from .views import Matrix, is_aligned, token_rows, vector
 
 #: Vocabulary groups folded at a time: 16 × 128 numbers of each kind, 8 or 16 a thread.
@@ -65,33 +64,18 @@ class _Choice(NamedTuple):
 
 
 def score_tokens(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    example_weight: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    reduction: str | None = "mean",
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    softcap: float | None = None,
-    shift: bool = False,
-    score: Sequence[str] = (),
-    per_example: str = "rms",
-    choose: Choose | None = None,
-    tiles: Configuration | None = None,
-    parts: Cut | None = None,
+    what: ToScore, choose: Choose | None = None, *, tiles: Configuration | None = None, parts: Cut | None = None
 ) -> Scored:
-    """Losses and scores of ``attent.linear_cross_entropy``, whose arguments these are, checked there.
+    """Losses and scores in one launch, and the choice.
 
     Args:
-        reduction: None for no loss.
-        score: of "loss", "logit" and, where each example is one token, "head".
-        choose: chooses by ``score[0]``: valid examples (with a valid token, and a weight) before invalid ones.
+        choose: chooses by the first score: valid examples (with a valid token, and a weight) before invalid ones.
         tiles, parts: instead of the table's and the plan's, for tests and searches.
     """
+    (
+        input, linear_weight, target, linear_bias, weight, example_weight, cu_seqlens, reduction, ignore_index,
+        label_smoothing, softcap, shift, score, per_example,
+    ) = what  # fmt: skip
     packed, soft = cu_seqlens is not None, target.is_floating_point()
     spread = soft or label_smoothing > 0
     uniform = spread and not soft and weight is None
@@ -112,7 +96,7 @@ def score_tokens(
         return Scored(loss.zero_(), scores, counts, chosen)
 
     if tiles is None:
-        tiles = tiles_for(input, linear_weight, target, label_smoothing, softcap, weight, score, choose)
+        tiles = tiles_for(what, choose)
     kept = KEPT_SPREAD if spread else KEPT
     row_tiles = max(1, -(-tokens // tiles.rows))
     if parts is None:
@@ -194,25 +178,16 @@ def score_tokens(
     return Scored(loss, scores, counts, chosen)
 
 
-def tiles_for(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    label_smoothing: float,
-    softcap: float | None,
-    weight: Tensor | None,
-    score: Sequence[str],
-    choose: Choose | None,
-) -> Configuration:
-    """What the table says of a call's arguments."""
+def tiles_for(what: ToScore, choose: Choose | None) -> Configuration:
+    """What the table says."""
     return configuration(
-        input.dtype,
-        input.shape[:-1].numel(),
-        linear_weight.shape[0],
-        aligned=is_aligned(input) and is_aligned(linear_weight),
-        capped=softcap is not None,
-        smoothed=label_smoothing > 0,
-        weighted=label_smoothing > 0 and weight is not None,
-        soft=target.is_floating_point(),
-        extra=choose is not None or "head" in score,
+        what.input.dtype,
+        what.input.shape[:-1].numel(),
+        what.linear_weight.shape[0],
+        aligned=is_aligned(what.input) and is_aligned(what.linear_weight),
+        capped=what.softcap is not None,
+        smoothed=what.label_smoothing > 0,
+        weighted=what.label_smoothing > 0 and what.weight is not None,
+        soft=what.target.is_floating_point(),
+        extra=choose is not None or "head" in what.score,
     )

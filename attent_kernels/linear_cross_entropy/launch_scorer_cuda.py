@@ -11,7 +11,7 @@ over.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from functools import lru_cache
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import native
 from ..runtime import Allocate, allocator, contiguous_strides, lend, on_device_of, processors, remember
 from .cut import Configuration, cut
-from .scorer_workspace import Choose, Scored, block_of_examples
+from .scorer_workspace import Choose, Scored, ToScore, block_of_examples
 from .views import token_rows
 
 _NUMBERS = {
@@ -31,25 +31,11 @@ _REDUCTIONS = {None: 0, "mean": 1, "sum": 2, "none": 3, "example": 4}
 _PER_EXAMPLE = {"mean": 0, "sum": 1, "rms": 2}
 
 
-def score_tokens(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    example_weight: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    reduction: str | None = "mean",
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    softcap: float | None = None,
-    shift: bool = False,
-    score: Sequence[str] = (),
-    per_example: str = "rms",
-    choose: Choose | None = None,
-) -> Scored:
+def score_tokens(what: ToScore, choose: Choose | None = None) -> Scored:
     """What :func:`.launch_scorer.score_tokens` does, for bfloat16 and float16 and targets that are class indices."""
+    (
+        input, linear_weight, target, linear_bias, weight, example_weight, cu_seqlens, reduction, _, _, _, _, score, _
+    ) = what  # fmt: skip
     linear_bias, weight = _adjacent(linear_bias), _adjacent(weight)
     batch = input.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     device = input.device
@@ -67,18 +53,14 @@ def score_tokens(
 
     # All that a launch depends on but addresses. Of these it depends on how they are aligned (tensor maps).
     aligned = (input.data_ptr() | linear_weight.data_ptr()) % 16 == 0
-    options = reduction, ignore_index, label_smoothing, softcap, shift, tuple(score), per_example
     kind = (
         device, aligned, input.dtype, input.shape, input.stride(), linear_weight.shape, linear_weight.stride(),
         target.dtype, target.stride(), linear_bias is None, _kind(weight), _kind(example_weight), _kind(cu_seqlens),
-        batch, options, None if choose is None else choose[:3],
+        batch, what[7:12], tuple(score), what.per_example, None if choose is None else choose[:3],
     )  # fmt: skip
     launch = _launches.get(kind)
     if launch is None:
-        launch = _first_launch(
-            input, linear_weight, target, linear_bias, weight, example_weight, cu_seqlens, batch, *options, choose,
-            scores,
-        )  # fmt: skip
+        launch = _first_launch(what._replace(linear_bias=linear_bias, weight=weight), batch, choose, scores)
         remember(_launches, kind, launch)
     index, chosen_score, inclusion = (None, None, None) if chosen is None else chosen
     with on_device_of(input), lend(device, launch.tickets, launch.scratch_bytes) as lent:
@@ -118,27 +100,13 @@ def _kind(values: Tensor | None) -> tuple[torch.dtype, int] | None:
 _launches: dict[Hashable, Any] = {}
 
 
-def _first_launch(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    example_weight: Tensor | None,
-    cu_seqlens: Tensor | None,
-    batch: int,
-    reduction: str | None,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float | None,
-    shift: bool,
-    score: Sequence[str],
-    per_example: str,
-    choose: Choose | None,
-    scores: Tensor,
-) -> Any:
+def _first_launch(what: ToScore, batch: int, choose: Choose | None, scores: Tensor) -> Any:
     """The ``ScorerLaunch`` of the best kernel that takes the call."""
     module: Any = native.module
+    (
+        input, linear_weight, target, linear_bias, weight, example_weight, cu_seqlens, reduction, ignore_index,
+        label_smoothing, softcap, shift, score, per_example,
+    ) = what  # fmt: skip
     device = input.device
     tokens, width, classes = input.shape[:-1].numel(), input.shape[-1], linear_weight.shape[0]
     tokens_each = max(1, input.shape[1]) if input.dim() == 3 else 1

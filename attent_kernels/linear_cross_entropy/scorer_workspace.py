@@ -1,4 +1,4 @@
-"""What the scorer's launchers, Triton's and CUDA's, share: results, the workspace's layout, blocks of examples."""
+"""What the scorer's launchers, Triton's and CUDA's, share: records, the workspace's layout, blocks of examples."""
 
 from __future__ import annotations
 
@@ -12,6 +12,25 @@ from torch import Tensor
 _FOLDED_AT_A_TIME = 1024
 #: Examples of a block at most where their lengths differ: a block takes as long as its longest one.
 _PACKED_BLOCK = 32
+
+
+class ToScore(NamedTuple):
+    """What is scored: arguments of ``attent.linear_cross_entropy``, in its order, checked there."""
+
+    input: Tensor
+    linear_weight: Tensor
+    target: Tensor
+    linear_bias: Tensor | None = None
+    weight: Tensor | None = None
+    example_weight: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    reduction: str | None = "mean"  # None: no loss
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    softcap: float | None = None
+    shift: bool = False
+    score: Sequence[str] = ()  # of "loss", "logit" and, where each example is one token, "head"
+    per_example: str = "rms"
 
 
 class Choose(NamedTuple):

@@ -6,8 +6,6 @@ One launch gives losses, the scores that need no second product, and the choice 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -17,10 +15,10 @@ from attent_kernels.linear_cross_entropy.scorer_workspace import Choose
 
 from .._checks import refuse
 from ..selection import Selection
-from . import triton_scorer
 from .dispatch import register
 from .linear_cross_entropy_op import Call, SixTensors
 from .select_top_k import floor_count
+from .triton_scorer import selection_of, to_score
 
 
 def _refuses(dtype: torch.dtype) -> str | None:
@@ -49,7 +47,7 @@ def refusal(call: Call) -> str | None:
 def linear_cross_entropy_forward(call: Call) -> SixTensors:
     """Loss, scores and counts in one launch."""
     _check(call)
-    scored = _launch(call, call.reduction, None)
+    scored = launch_scorer_cuda.score_tokens(to_score(call, call.reduction))
     nothing = call.input.new_empty
     return scored.loss, scored.scores, scored.counts, nothing(0), nothing(0), nothing(0)
 
@@ -62,15 +60,11 @@ def chooses_from(call: Call) -> bool:
 
 def score_and_select(call: Call, k: int, temperature: float, floor: float, seed: Tensor | None) -> Selection:
     """The lesson by the one score of a call that it takes."""
-    scored = _launch(call, None, Choose(k, floor_count(k, floor), temperature, seed))
-    return Selection(*scored.chosen)
+    choose = Choose(k, floor_count(k, floor), temperature, seed)
+    return selection_of(launch_scorer_cuda.score_tokens(to_score(call, None), choose))
 
 
 def _check(call: Call) -> None:
     reason = refusal(call)
     if reason is not None:
         refuse("backend", "'cuda'", f"a backend that can do this call; 'cuda' cannot: {reason}")
-
-
-def _launch(call: Call, reduction: str | None, choose: Any) -> Any:
-    return launch_scorer_cuda.score_tokens(**triton_scorer.arguments_of(call, reduction), choose=choose)

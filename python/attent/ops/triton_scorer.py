@@ -6,12 +6,11 @@ each kind of call's tile sizes once and prints them. Not yet run on a GPU.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from attent_kernels import pools
+from attent_kernels.linear_cross_entropy.scorer_workspace import Choose, Scored, ToScore
 
 from ..selection import Selection
 from .linear_cross_entropy_op import Call
@@ -33,8 +32,8 @@ def takes(call: Call) -> bool:
 
 def score(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """loss, scores ``[S, B]``, counts ``[B]`` of a call that it takes."""
-    loss, scores, counts, _ = _launch(call, call.reduction)
-    return loss, scores, counts
+    scored = _launch(call, call.reduction)
+    return scored.loss, scored.scores, scored.counts
 
 
 def chooses_from(call: Call) -> bool:
@@ -44,58 +43,34 @@ def chooses_from(call: Call) -> bool:
 
 def score_and_select(call: Call, k: int, temperature: float, floor: float, seed: Tensor | None) -> Selection:
     """The lesson by the one score of a call that it takes."""
-    chosen = _launch(call, None, (k, floor_count(k, floor), temperature, seed))[3]
-    assert chosen is not None
-    return Selection(*chosen)
+    return selection_of(_launch(call, None, Choose(k, floor_count(k, floor), temperature, seed)))
 
 
-def arguments_of(call: Call, reduction: str | None) -> dict[str, Any]:
-    """What the scorer's launchers take of a call, but ``choose``."""
-    return {
-        "input": call.input,
-        "linear_weight": call.linear_weight,
-        "target": call.target,
-        "linear_bias": call.linear_bias,
-        "weight": call.weight,
-        "example_weight": call.example_weight,
-        "cu_seqlens": call.cu_seqlens,
-        "reduction": reduction,
-        "ignore_index": call.ignore_index,
-        "label_smoothing": call.label_smoothing,
-        "softcap": call.softcap,
-        "shift": call.shift,
-        "score": call.score,
-        "per_example": call.per_example,
-    }
+def selection_of(scored: Scored) -> Selection:
+    """What a launch that was to choose has chosen."""
+    assert scored.chosen is not None
+    return Selection(*scored.chosen)
 
 
-def _launch(
-    call: Call, reduction: str | None, choose: tuple[int, int, float, Tensor | None] | None = None
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+def to_score(call: Call, reduction: str | None) -> ToScore:
+    """A call as the scorer's launchers take it."""
+    return ToScore(*call[:7], reduction, *call[8:14])
+
+
+def _launch(call: Call, reduction: str | None, choose: Choose | None = None) -> Scored:
     # Only here: Triton need not be installed.
     from attent_kernels import autotune
     from attent_kernels.linear_cross_entropy import configurations
     from attent_kernels.linear_cross_entropy.launch_scorer import score_tokens, tiles_for
-    from attent_kernels.linear_cross_entropy.scorer_workspace import Choose
 
-    arguments = arguments_of(call, reduction)
-    arguments["choose"] = None if choose is None else Choose(*choose)
+    what, tiles = to_score(call, reduction), None
     if autotune.ENABLED and call.input.dtype != torch.float32 and call.input.numel() > 0:
-        arguments["tiles"] = autotune.pick(
+        tiles = autotune.pick(
             "score_tokens",
-            configurations.kind_of(arguments),
-            tiles_for(
-                call.input,
-                call.linear_weight,
-                call.target,
-                call.label_smoothing,
-                call.softcap,
-                call.weight,
-                call.score,
-                arguments["choose"],
-            ),
+            configurations.kind_of(what, choose),
+            tiles_for(what, choose),
             lambda: configurations.CANDIDATES,
-            lambda tiles: score_tokens(**(arguments | {"tiles": tiles})),
+            lambda tiles: score_tokens(what, choose, tiles=tiles),
         )
-    loss, scores, counts, chosen = score_tokens(**arguments)
-    return loss, scores, counts, chosen
+    scored: Scored = score_tokens(what, choose, tiles=tiles)
+    return scored
