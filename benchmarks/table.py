@@ -42,8 +42,12 @@ def _link(path: Path) -> str:
     return f"[{path.parent.name}/{path.stem}]({path.relative_to(README.parent).as_posix()})"
 
 
+def _cores(count: int) -> str:
+    return "1 core" if count == 1 else f"{count} cores"
+
+
 def _machine(provenance: dict[str, Any]) -> str:
-    return f"{provenance['cores']} cores, {provenance['torch_threads']} torch threads, torch {provenance['torch']}"
+    return f"{_cores(provenance['cores'])}, {provenance['torch_threads']} torch threads, torch {provenance['torch']}"
 
 
 def _teaching() -> Iterator[str]:
@@ -77,7 +81,7 @@ def _teaching() -> Iterator[str]:
     yield ""
     yield (
         f"{data['train_examples']:,} + {data['test_examples']:,} images, {settings['epochs']} epochs, keep ratio"
-        f" {settings['ratio']:g}, {settings['seeds']} seeds, {result['machine']['cores']} cores: {_link(path)}."
+        f" {settings['ratio']:g}, {settings['seeds']} seeds, {_cores(result['machine']['cores'])}: {_link(path)}."
     )
     if "notes" in result:
         yield f"{result['notes']}"
