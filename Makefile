@@ -71,8 +71,10 @@ docs: $(INSTALLED)  ## the examples in docstrings and in README.md, and the page
 slow: $(INSTALLED)  ## the slow tests
 	$(PYTEST) $(PARALLEL) -m 'slow and not gpu and not aot'
 
+# Of CUTLASS the headers alone are read, so nothing that its package asks for.
 .PHONY: aot
 aot: $(INSTALLED)  ## kernels compiled ahead of time for the GPUs we support; needs no GPU
+	$(PIP_INSTALL) -q --no-deps nvidia-cutlass
 	$(PYTEST) -m aot $(NONE_IS_FINE)
 
 # Beside the installed module, not in its place: what `make test` made stays as it is.

@@ -1,7 +1,9 @@
 """What the CUDA kernels' machine code is meant to have: one row for each ``__global__`` function of csrc/cuda.
 
 ``every``: instructions that each instance has, on every architecture; ``some``: that at least one has; ``sm_90a``: that
-each has there. The names are those of ``benchmarks.cuda_resources.COUNTED``. No kernel may have a stack.
+each has there. The names are those of ``benchmarks.cuda_resources.COUNTED``. No kernel may have a stack. ``registers``:
+of a thread on sm_90a when a kernel starts whose warps then pass some on (setmaxnreg); were they fewer, those that take
+more would wait for ever.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ class Kernel(NamedTuple):
     every: tuple[str, ...] = ()
     some: tuple[str, ...] = ()
     sm_90a: tuple[str, ...] = ()
+    registers: int | None = None
 
 
 KERNELS = (
@@ -25,7 +28,8 @@ KERNELS = (
     Kernel("select_outputs"),
     Kernel("portable_scorer", every=("HMMA", "LDSM", "LDGSTS")),
     # The tensor memory accelerator copies what LDGSTS copies elsewhere, and wgmma reads it where it lies.
-    Kernel("hopper_scorer", sm_90a=("HGMMA", "UTMALDG")),
-    Kernel("hopper_attention", sm_90a=("HGMMA", "UTMALDG", "16 bytes")),
+    # 168 = (256 × 240 + 128 × 24) / 384 = (256 × 224 + 128 × 56) / 384.
+    Kernel("hopper_scorer", sm_90a=("HGMMA", "UTMALDG", "USETMAXREG"), registers=168),
+    Kernel("hopper_attention", sm_90a=("HGMMA", "UTMALDG", "USETMAXREG", "16 bytes"), registers=168),
     Kernel("scored_attention", every=("HMMA", "LDSM", "LDGSTS", "16 bytes")),
 )

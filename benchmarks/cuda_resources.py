@@ -29,6 +29,7 @@ COUNTED = {
     "LDSM": re.compile(r"\bLDSM\b"),
     "LDGSTS": re.compile(r"\bLDGSTS\b"),
     "UTMALDG": re.compile(r"\bUTMALDG\b"),
+    "USETMAXREG": re.compile(r"\bUSETMAXREG\b"),
     "LDL, STL": re.compile(r"\b(?:LDL|STL)\b"),
     "16 bytes": re.compile(r"\b(?:LDG|STG|LD|ST|LDS|STS|LDGSTS)\b[A-Z0-9_.]*\.128\b"),
 }
@@ -81,6 +82,8 @@ def problems(found: Iterable[Function], kernels: Iterable[Kernel] = KERNELS) -> 
         if function.stack > 0 or function.counts["LDL, STL"] > 0:
             accesses = function.counts["LDL, STL"]
             yield f"{name} has a stack of {function.stack} bytes a thread, {accesses} accesses: spills"
+        if row.registers not in (None, function.registers) and function.arch == "sm_90a":
+            yield f"{name} starts with {function.registers} registers a thread; its setmaxnreg share {row.registers}"
         for instruction in row.every + (row.sm_90a if function.arch == "sm_90a" else ()):
             if function.counts[instruction] == 0:
                 yield f"{name} is meant to have {instruction} and has none"
@@ -94,9 +97,12 @@ def problems(found: Iterable[Function], kernels: Iterable[Kernel] = KERNELS) -> 
 
 
 def warnings(folder: Path) -> list[str]:
-    """What the compiler warned of, in the logs that a build leaves beside its objects."""
-    logs = sorted(folder.glob("*.log"))
-    return [line for log in logs for line in log.read_text(encoding="utf-8").splitlines() if "warning" in line.lower()]
+    """What the compiler warned of, in the logs that a build leaves beside its objects.
+
+    ptxas calls it information, with a number, when it serialises wgmma, fences it by itself or leaves setmaxnreg out.
+    """
+    lines = [line for log in sorted(folder.glob("*.log")) for line in log.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if "warning" in line.lower() or re.match(r"ptxas info *: \(C\d+\)", line)]
 
 
 def table(found: Iterable[Function]) -> Iterator[str]:

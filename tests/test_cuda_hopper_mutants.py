@@ -44,6 +44,7 @@ ALL_PRODUCTS = "hopper::wait_for_products<T, 0>();"
 ROUND = "round_probabilities<C>(p, s);"
 RELEASE_KEYS = "release(memory.keys_are_read(keys.slot), at);"
 RELEASE_VALUES = "release(memory.values_are_read(values.slot), at);"
+FENCE_VALUES = "hopper::fence_products(flat(found.output[0]), p);"
 SHRINK = "shrink_output<C>(found, 0, shrink);"
 QUERIES_FREE = "hopper::wait(memory.queries_are_read(), (number & 1) ^ 1);"
 KEYS_FREE = "hopper::wait(memory.keys_are_read(keys.slot), keys.round ^ 1);"
@@ -97,7 +98,12 @@ MUTANTS: dict[str, tuple[str, dict[Site, str]]] = {
     ),
     "scores are read before they are whole": ("plain", {(PRODUCTS, "hopper::wait_for_products<T, 1>();", 0): ""}),
     "the output does not shrink": ("plain", {(PRODUCTS, SHRINK, 0): ""}),
-    "products start without a fence": ("plain", {(PRODUCTS, "hopper::fence_products();", 1): ""}),
+    "products start without a fence": ("plain", {(PRODUCTS, FENCE_VALUES, 0): ""}),
+    "accumulators are not fenced": ("plain", {(PRODUCTS, FENCE_VALUES, 0): "hopper::fence_products(p);"}),
+    "probabilities are not fenced": (
+        "plain",
+        {(PRODUCTS, FENCE_VALUES, 0): "hopper::fence_products(flat(found.output[0]));"},
+    ),
     "the last key tile of a causal unit is skipped": (
         "causal",
         {(TILE, "max(high - tiles.low, 0) + C::BLOCK_N - 1", 1): "max(high - tiles.low, 0) - 1"},

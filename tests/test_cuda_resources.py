@@ -43,6 +43,19 @@ def test_the_check_names_what_is_wrong(kernel: Function, complaint: str | None) 
     assert (found == []) if complaint is None else (len(found) == 1 and complaint in found[0])
 
 
+def test_warps_that_take_registers_find_them() -> None:
+    row = Kernel("attention", registers=168)
+    assert list(problems([function(registers=168), function(arch="sm_80")], [row])) == []
+    (found,) = problems([function(registers=160)], [row])
+    assert "starts with 160 registers a thread; its setmaxnreg share 168" in found
+
+
+def test_what_ptxas_calls_information_and_numbers_is_a_warning(tmp_path: Path) -> None:
+    loss = "ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored"
+    (tmp_path / "a.log").write_text(f"ptxas info    : Used 168 registers\n{loss}\n")
+    assert cuda_resources.warnings(tmp_path) == [loss]
+
+
 def test_a_row_asks_for_its_kernel_and_for_hoppers_own_instructions_on_hopper_alone() -> None:
     row = Kernel("attention", some=("16 bytes",), sm_90a=("HGMMA",))
     assert list(problems([], [row])) == ["attention has a row in benchmarks/cuda_kernels.py and is not in the module"]

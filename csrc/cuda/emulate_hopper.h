@@ -1,11 +1,13 @@
 // Hopper's copies, barriers and products for kernels that run on a CPU (emulate.h): the twins of hopper.cuh's and
 // hopper_products.cuh's. A copy lands at some time between its start and the end of a wait for it, drawn; a product reads
 // its operands as late as it may, when it is waited for: what overwrites them before shows. Errors: a product of operands
-// that a thread stored and has not published, a group of products without a fence before it, and waits without an end.
+// that a thread stored and has not published, products of registers that no fence before them holds, and waits without an
+// end.
 #pragma once
 
 #include <functional>
 #include <map>
+#include <set>
 
 #include "half.cuh"
 #include "tile.cuh"
@@ -121,27 +123,39 @@ struct Product {
 // Products that a thread has started.
 struct Products {
     std::vector<std::vector<Product>> groups{1};  // the last is still open
-    bool is_fenced = false;                       // a fence lies between what the thread computed and the open group
+    std::set<const void*> fenced;                 // what the fence before the open group held
 };
 inline Products& products_of_thread() {
     std::shared_ptr<void>& held = emulate::here().products;
     if (held == nullptr) held = std::make_shared<Products>();
     return *static_cast<Products*>(held.get());
 }
-inline void fence_products() {
-    emulate::meet("wgmma.fence", 0);
-    products_of_thread().is_fenced = true;
-}
-inline void start(const Product& product) {
-    if (!products_of_thread().is_fenced) throw std::logic_error("a group of products without a fence");
-    products_of_thread().groups.back().push_back(product);
+template <typename Registers>
+void fence_registers(Registers&) {}
+inline void hold(const float* accumulators) {
+    products_of_thread().fenced.insert(accumulators);
 }
 template <int N>
-void fence_registers(float (&)[N]) {}
+void hold(const uint32_t (&operands)[N][4]) {
+    for (const auto& operand : operands) products_of_thread().fenced.insert(operand);
+}
+template <typename... Registers>
+void fence_products(Registers&... registers) {
+    emulate::meet("wgmma.fence", 0);
+    (hold(registers), ...);
+}
+inline void start(const Product& product) {
+    for (const void* registers : {static_cast<const void*>(product.d), static_cast<const void*>(product.registers)}) {
+        if (registers != nullptr && products_of_thread().fenced.count(registers) == 0) {
+            throw std::logic_error("a product of registers that no fence before it holds");
+        }
+    }
+    products_of_thread().groups.back().push_back(product);
+}
 inline void commit_products() {
     emulate::meet("wgmma.commit_group", 0);
     products_of_thread().groups.emplace_back();
-    products_of_thread().is_fenced = false;
+    products_of_thread().fenced.clear();
 }
 
 // Number (row, k) of a tile of rows; or, of a transposed operand, (column, k): rows are k there, 64 columns side by side,

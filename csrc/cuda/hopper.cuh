@@ -85,15 +85,26 @@ __device__ __forceinline__ void publish_stores() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Accumulators that other instructions wrote are there before the next product.
-__device__ __forceinline__ void fence_products() {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
 // The compiler moves no use of these across.
 template <int N>
 __device__ __forceinline__ void fence_registers(float (&values)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(values[i])::"memory");
+}
+template <int N>
+__device__ __forceinline__ void fence_registers(uint32_t (&values)[N][4]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(values[i][j])::"memory");
+    }
+}
+// Before a group of products: all its accumulators, and its operands in registers, are as other instructions wrote them.
+// All are named here: the compiler may write those that are not behind the fence.
+template <typename... Registers>
+__device__ __forceinline__ void fence_products(Registers&... registers) {
+    (fence_registers(registers), ...);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void commit_products() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");

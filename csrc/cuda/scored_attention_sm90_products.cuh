@@ -17,8 +17,7 @@ __device__ __forceinline__ float (&flat(float (&accumulators)[N][4]))[4 * N] {
 template <typename C>
 __device__ __forceinline__ void start_keys(float (&s)[1][C::WARP_KEYS / 8][4], SharedAddress queries,
                                            SharedAddress keys) {
-    hopper::fence_registers(flat(s[0]));
-    hopper::fence_products();
+    hopper::fence_products(flat(s[0]));
 #pragma unroll
     for (int step = 0; step < C::WIDTH / 16; ++step) {
         const int half = step / 4 * C::HALF_BYTES;
@@ -31,10 +30,9 @@ __device__ __forceinline__ void start_keys(float (&s)[1][C::WARP_KEYS / 8][4], S
 
 // Start O += P V. One group of products.
 template <typename C>
-__device__ __forceinline__ void start_values(Found<C>& found, const uint32_t (&p)[C::WARP_KEYS / 16][4],
+__device__ __forceinline__ void start_values(Found<C>& found, uint32_t (&p)[C::WARP_KEYS / 16][4],
                                              SharedAddress values) {
-    hopper::fence_registers(flat(found.output[0]));
-    hopper::fence_products();
+    hopper::fence_products(flat(found.output[0]), p);
 #pragma unroll
     for (int step = 0; step < C::WARP_KEYS / 16; ++step) {
         hopper::start_row_product<typename C::T>(flat(found.output[0]), p[step],
@@ -120,6 +118,7 @@ __device__ __forceinline__ void attend(Found<C>& found, const ScoredAttention& a
         to_probabilities<C>(found, s, shrink, a, current, tile, at);
         hopper::wait_for_products<T, 0>();
         hopper::fence_registers(flat(found.output[0]));
+        hopper::fence_registers(p);  // the next probabilities do not take their place before
         release(memory.values_are_read(values.slot), at);
         values.next();
         shrink_output<C>(found, 0, shrink);

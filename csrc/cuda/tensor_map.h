@@ -18,8 +18,16 @@ struct Dimension {
 
 #ifdef ATTENT_EMULATE
 
+// Refuses what the driver refuses (CUDA Driver API, cuTensorMapEncodeTiled).
 template <int N>
 Status make_map(TensorMap* map, const void* data, bool, int64_t width, const Dimension (&outer)[N], int box_rows) {
+    const auto is_size = [](int64_t size) { return size >= 1 && size <= int64_t{1} << 32; };
+    bool is_right = reinterpret_cast<uintptr_t>(data) % 16 == 0 && is_size(width) && box_rows >= 1 && box_rows <= 256;
+    for (const Dimension& one : outer) {
+        is_right =
+            is_right && is_size(one.size) && one.stride % 8 == 0 && one.stride >= 0 && one.stride < int64_t{1} << 39;
+    }
+    if (!is_right) return say(Status::failed, "cuTensorMapEncodeTiled would refuse this tensor map");
     *map = {data, width, {1, 1, 1}, {0, 0, 0}, box_rows};
     for (int i = 0; i < N; ++i) map->sizes[i] = outer[i].size, map->strides[i] = outer[i].stride;
     return Status{};

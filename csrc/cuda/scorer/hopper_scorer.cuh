@@ -113,8 +113,7 @@ __device__ __forceinline__ void consume(const ScorerArgs& args, const HopperShar
         int last_stage = 0;
         for (int step = 0; step < steps; ++step, ring.next()) {
             hopper::wait(shared.full(ring.slot), ring.round);  // the operands are there
-            hopper::fence_registers(z);
-            hopper::fence_products();
+            hopper::fence_products(z);
 #pragma unroll
             for (int k = 0; k < Hopper::BK / 16; ++k) {
                 hopper::start_product<T>(z, hopper::operand(shared.hidden(ring.slot), group_row, k),
