@@ -12,6 +12,7 @@ import torch
 import attent
 from attent.ops import dispatch
 from attent_kernels import native
+from attent_kernels.linear_cross_entropy import launch_scorer_cuda
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -32,7 +33,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def gpu(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
 
 
 def test_auto_takes_torch_on_a_cpu(kernels: None) -> None:
@@ -77,7 +78,7 @@ def test_a_backend_that_cannot_run_is_refused_with_the_reason(monkeypatch: pytes
     assert "'auto', 'cuda', 'triton', 'torch'" in refusal("all", None, CPU)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     assert "takes CUDA tensors, these are on cpu" in refusal("all", "triton", CPU)
     assert "takes CUDA tensors, these are on cpu" in refusal("all", "cuda", CPU)
     assert "plain has no triton kernel yet" in refusal("plain", "triton", CUDA)
@@ -159,3 +160,14 @@ def test_backends_says_for_each_whether_it_can_run_or_why_not() -> None:
 def test_each_op_is_registered_with_its_backward() -> None:
     for op in ("linear_cross_entropy", "linear_cross_entropy_backward"):
         assert callable(dispatch.implementation(op, "torch"))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_hopper_kernels_run_on_hopper_unless_portable_ones_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.runs_hopper(CUDA) and not native.runs_hopper(CPU)
+    assert launch_scorer_cuda.kernels_of(CUDA) == ("hopper", "portable")
+    with native.portable_kernels():
+        assert not native.runs_hopper(CUDA) and launch_scorer_cuda.kernels_of(CUDA) == ("portable",)
+    assert native.runs_hopper(CUDA)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (10, 0))
+    assert not native.runs_hopper(CUDA)
