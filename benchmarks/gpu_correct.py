@@ -14,7 +14,7 @@ from torch import Tensor
 
 import attent
 from attent import reference
-from attent.bench.contenders import Results, budgets, difference
+from attent.bench.contenders import Results, budgets, compare, running, said
 
 HEADS, KEY_HEADS = 4, 2
 
@@ -47,38 +47,37 @@ class Case(NamedTuple):
     terms: int
 
 
-def check(case: Case, backend: str) -> dict[str, Any]:
-    """Errors over their budgets, and what is outside; or the backend's refusal."""
+def check(case: Case, form: str) -> dict[str, Any]:
+    """Errors over their budgets, and what is outside, how far and where; or the backend's refusal.
+
+    ``form``: a backend, or ``contenders.PORTABLE``.
+    """
     try:
-        found = case.run(backend)
+        with running(form) as backend:
+            found = case.run(backend)
     except ValueError as error:
-        if str(error).startswith("backend: "):
-            return {"unavailable": str(error).split(" cannot: ")[-1]}
+        if "unavailable" in said(error):
+            return said(error)
         raise
     truth = case.truth(found)
     allowed = budgets(truth, case.run("torch"), case.dtype, case.terms)
-    outside, shares = [], {}
-    for name, value in truth.items():
-        if name in allowed:
-            error = difference(found[name], value)
-            shares[name] = error / allowed[name] if allowed[name] else error
-            within = error <= allowed[name]
-        else:
-            within = torch.equal(found[name], value)
-        if not within:
-            outside.append(name)
+    shares, wrong = compare({name: found[name] for name in truth}, truth, allowed)
     result: dict[str, Any] = {"error / budget": shares}
-    return result | {"outside budget": outside} if outside else result
+    return result | {"outside budget": list(wrong), "wrong": wrong} if wrong else result
 
 
-def cases(device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: Sizes) -> Iterator[Case]:
-    """The most decisive first: for each dtype forward, then backward; selection last, which the others rest on."""
-    for dtype in dtypes:
-        for train in (False, True):
-            for name, options in attention_options(device, sizes).items():
-                yield attention(name, options, dtype, train, device, sizes)
-            for name, options in loss_options(device, sizes).items():
-                yield loss(name, options, dtype, train, device, sizes)
+def cases(device: torch.device, dtype: torch.dtype, train: bool, sizes: Sizes) -> Iterator[Case]:
+    """Of attention, loss and, where nothing is trained, the choice by a loss's scores."""
+    for name, options in attention_options(device, sizes).items():
+        yield attention(name, options, dtype, train, device, sizes)
+    for name, options in loss_options(device, sizes).items():
+        yield loss(name, options, dtype, train, device, sizes)
+    if not train:
+        for name, options in choice_options(device, sizes).items():
+            yield choice(name, options, dtype, device, sizes)
+
+
+def selections(device: torch.device) -> Iterator[Case]:
     for name, options in selection_options(device).items():
         yield selection(name, options, device)
 
@@ -252,11 +251,47 @@ def loss_options(device: torch.device, sizes: Sizes) -> dict[str, dict[str, Any]
     }  # fmt: skip
 
 
-def loss(
-    name: str, options: dict[str, Any], dtype: torch.dtype, train: bool, device: torch.device, sizes: Sizes
-) -> Case:
+def choice_options(device: torch.device, sizes: Sizes) -> dict[str, dict[str, Any]]:
+    """Of score_and_select. Examples of few tokens have scores that differ by far more than any kernel may err."""
+    drawn = {"temperature": 1.0, "floor": 0.4, "seed": 3}
+    of_losses = loss_options(device, sizes)
+    return {
+        "hard": {"k": 3},
+        "drawn": {"k": 3, **drawn},
+        "rows, head, drawn": {"k": 20, "rows": True, "score": "head", **drawn},
+        "loss, shift": {"k": 2, "score": "loss", "shift": True},
+        "packed, ignored, hard": {"k": 4, "cu_seqlens": of_losses["packed"]["cu_seqlens"], "ignored": True},
+        "all, drawn": {"k": 4, **of_losses["all"], **drawn},
+        "hidden": {"k": 2, "score": "hidden"},
+        "head": {"k": 2, "score": "head"},
+    }
+
+
+def choice(name: str, options: dict[str, Any], dtype: torch.dtype, device: torch.device, sizes: Sizes) -> Case:
+    inputs, target, options = loss_problem(options, dtype, device, sizes)
+
+    def call(function: Callable[..., Any], cast: Callable[[Any], Any], extra: dict[str, Any]) -> Results:
+        tensors = {leaf: cast(value) for leaf, value in inputs.items()}
+        chosen = function(**tensors, target=target, **{key: cast(value) for key, value in options.items()}, **extra)
+        # Of two whose scores differ by less than a kernel may err either may come first.
+        order = chosen.index.argsort()
+        return {"chosen": chosen.index[order], "score": chosen.score, "inclusion": chosen.inclusion[order]}
+
+    return Case(
+        f"score and select, {name}, {str(dtype)[6:]}",
+        dtype,
+        lambda backend: call(attent.score_and_select, lambda value: value, {"backend": backend}),
+        lambda found: call(reference.score_and_select, widened, {}),
+        sizes.classes,
+    )
+
+
+def loss_problem(
+    options: dict[str, Any], dtype: torch.dtype, device: torch.device, sizes: Sizes
+) -> tuple[dict[str, Tensor], Tensor, dict[str, Any]]:
+    """The leaves, the target and the options of the function itself."""
     B, T, WIDTH, CLASSES = EXAMPLES, sizes.tokens, sizes.hidden, sizes.classes
-    options = {"score": SCORES} | options
+    options = dict(options)
     confident, rows, ignored, soft = (options.pop(key, False) for key in ("confident", "rows", "ignored", "soft"))
     draw = normal(device, 3)
     shape = (B * T,) if rows or "cu_seqlens" in options else (B, T)
@@ -273,6 +308,13 @@ def loss(
     inputs = {"input": hidden.to(dtype), "linear_weight": weight.to(dtype)}
     if "linear_bias" in options:
         inputs["linear_bias"] = options.pop("linear_bias").to(dtype)
+    return inputs, target, options
+
+
+def loss(
+    name: str, options: dict[str, Any], dtype: torch.dtype, train: bool, device: torch.device, sizes: Sizes
+) -> Case:
+    inputs, target, options = loss_problem({"score": SCORES} | options, dtype, device, sizes)
 
     def call(function: Callable[..., Any], cast: Callable[[Any], Any], extra: dict[str, Any]) -> Results:
         leaves = {leaf: cast(value).detach().requires_grad_(train) for leaf, value in inputs.items()}
@@ -296,7 +338,7 @@ def loss(
         dtype,
         lambda backend: call(attent.linear_cross_entropy, lambda value: value, {"backend": backend}),
         lambda found: call(reference.linear_cross_entropy, widened, {}),
-        CLASSES,
+        sizes.classes,
     )
 
 
