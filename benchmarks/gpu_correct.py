@@ -27,13 +27,14 @@ class Sizes(NamedTuple):
     width: int = 64  # of a head
     wide: int = 256
     many_keys: int = 2000  # for one query: enough to be split
+    long: tuple[int, int] = (2000, 1500)  # queries and keys: more tiles than an H200 has processors
     tokens: int = 70  # of each of EXAMPLES
     hidden: int = 96
     classes: int = 1031
 
 
 #: For the interpreter, whose tiles are small.
-TINY = Sizes(queries=20, keys=30, width=16, wide=32, many_keys=150, tokens=10, hidden=12, classes=37)
+TINY = Sizes(queries=20, keys=30, width=16, wide=32, many_keys=150, long=(50, 60), tokens=10, hidden=12, classes=37)
 EXAMPLES = 5
 
 
@@ -105,7 +106,7 @@ def split_infinite(name: str, value: Tensor) -> Results:
 
 def attention_options(device: torch.device, sizes: Sizes) -> dict[str, dict[str, Any]]:
     """What is asked for beside a target; keys with capitals describe the tensors."""
-    TQ, TK = sizes.queries, sizes.keys
+    TQ, TK, D = sizes.queries, sizes.keys, sizes.width
     lengths = torch.tensor([TQ, 0, TQ // 5], device=device)
     starts = torch.tensor([0, TQ // 3, TQ // 3, TQ // 3 + 1, TQ], dtype=torch.int32, device=device)
     key_starts = torch.tensor([0, TK // 3, TK // 2, TK // 2, TK], dtype=torch.int32, device=device)
@@ -127,8 +128,14 @@ def attention_options(device: torch.device, sizes: Sizes) -> dict[str, dict[str,
         "lengths": {"query_lengths": lengths, "key_lengths": lengths.flip(0), "is_causal": True, **hard},
         "packed": {"cu_seqlens_q": starts, "cu_seqlens_k": key_starts, "is_causal": True, "top_k": 3},
         "packed, readout": {"cu_seqlens_q": starts, "cu_seqlens_k": key_starts, "pool": "mean", "score": "logit"},
-        "narrow value": {"Dv": sizes.width // 2 + 8},
+        "narrow value": {"Dv": D // 2 + 8},
+        "heads twice as wide, causal": {"D": 2 * D, "Dv": 2 * D, "is_causal": True, **hard},
+        "heads twice as wide, readout": {"D": 2 * D, "Dv": 2 * D, "pool": "mean", "score": "head", **drawn},
+        "heads half again as wide": {"D": D * 3 // 2, "Dv": D * 3 // 2, "window": (TQ // 6, 5)},
         "wide heads": {"D": sizes.wide, "Dv": sizes.wide, "Tq": TQ // 2},
+        # Blocks that stay take several tiles of queries, each of many tiles of keys.
+        "long, causal": {"D": 2 * D, "Dv": 2 * D, "Tq": sizes.long[0], "Tk": sizes.long[1], "is_causal": True},
+        "long, readout": {"Tq": sizes.long[0], "Tk": sizes.long[1], "pool": "mean", "score": "logit", **hard},
         "odd strides": {"strided": True, "is_causal": True},
         "mean of the loss": {"per_example": "mean", "score": "loss"},
     }
@@ -232,6 +239,9 @@ def loss_options(device: torch.device, sizes: Sizes) -> dict[str, dict[str, Any]
         "no score": {"score": None},
         "confident": {"confident": True},
         "rows": {"rows": True},
+        "rows, int32 labels": {"rows": True, "labels": torch.int32},
+        "odd strides": {"strided": True, "score": ("loss", "logit")},
+        "two scores": {"score": ("loss", "logit")},  # without "hidden" and "head": one launch
         "shift": {"shift": True, "per_example": "mean"},
         "packed": {"cu_seqlens": starts, "shift": True},
         "ignored": {"ignored": True, "per_example": "sum"},
@@ -292,7 +302,9 @@ def loss_problem(
     """The leaves, the target and the options of the function itself."""
     B, T, WIDTH, CLASSES = EXAMPLES, sizes.tokens, sizes.hidden, sizes.classes
     options = dict(options)
-    confident, rows, ignored, soft = (options.pop(key, False) for key in ("confident", "rows", "ignored", "soft"))
+    confident, rows, ignored, soft, strided = (
+        options.pop(key, False) for key in ("confident", "rows", "ignored", "soft", "strided")
+    )
     draw = normal(device, 3)
     shape = (B * T,) if rows or "cu_seqlens" in options else (B, T)
     weight = draw(CLASSES, WIDTH) * (3 / WIDTH**0.5)
@@ -305,7 +317,11 @@ def loss_problem(
         target.view(B, T)[1] = -100
     if soft:
         target = draw(*shape, CLASSES).softmax(-1)
+    target = target.to(options.pop("labels", target.dtype))
     inputs = {"input": hidden.to(dtype), "linear_weight": weight.to(dtype)}
+    if strided:  # every second column of the hidden states; the weight column by column
+        inputs["input"] = inputs["input"].repeat_interleave(2, -1)[..., ::2]
+        inputs["linear_weight"] = inputs["linear_weight"].t().contiguous().t()
     if "linear_bias" in options:
         inputs["linear_bias"] = options.pop("linear_bias").to(dtype)
     return inputs, target, options
@@ -352,7 +368,9 @@ def selection_options(device: torch.device) -> dict[str, dict[str, Any]]:
         "hard": {"n": 3000, "k": 1200},
         "nothing": {"n": 10, "k": 0},
         "all": {"n": 1000, "k": 1000},
+        "drawn, the most in one launch": {"n": 16_384, "k": 5000, "temperature": 1.0, "floor": 0.2, "seed": 4},
         "hard, many blocks": {"n": 70_000, "k": 30_000},
+        "hard, float16": {"n": 3000, "k": 1200, "dtype": torch.float16},
         "many ties": {"n": 3000, "k": 1500, "ties": True},
         "not finite": {"n": 300, "k": 200, "special": True},
         "drawn": {"n": 3000, "k": 1000, "temperature": 1.0, "seed": 5},
@@ -367,7 +385,7 @@ def selection_options(device: torch.device) -> dict[str, dict[str, Any]]:
 def selection(name: str, options: dict[str, Any], device: torch.device) -> Case:
     options = dict(options)
     n, k = options.pop("n"), options.pop("k")
-    scores = normal(device, 9)(n).exp()
+    scores = normal(device, 9)(n).exp().to(options.pop("dtype", torch.float32))
     if options.pop("ties", False):
         scores = scores.round()
     if options.pop("special", False):

@@ -62,6 +62,7 @@ WORKLOADS = {
 SHARED = ("warm", "correct", "stress")
 #: Seconds for a row, or for one contender of it until its first result; where it is compiled before, and elsewhere.
 ROW_LIMIT, SHARED_LIMIT = 120, 90
+DRY_LIMIT = 600  # Triton's interpreter takes a minute for some
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows
@@ -187,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-m", "benchmarks.gpu_suite", "--child", str(file.path), "--deadline", str(deadline)]
         command += ["--phase", *phase, "--part", *asked.part] + ["--dry"] * asked.dry
         command += ["--only", asked.only] if asked.only else []
-        limit = asked.row_limit or (SHARED_LIMIT if shared else ROW_LIMIT)
+        limit = asked.row_limit or (DRY_LIMIT if asked.dry else SHARED_LIMIT if shared else ROW_LIMIT)
         supervise(file, command, deadline, limit, workers if shared else 1)
     if time.time() > deadline:
         print("the budget ended: the same command goes on from here")
