@@ -44,7 +44,17 @@ from attent.bench.contenders import PORTABLE, Contender, Progress, Workload, mea
 from attent.bench.devices import Device, DeviceLost
 from attent_kernels import native
 
-from . import attention, gpu_correct, gpu_host, gpu_stress, linear_cross_entropy, native_in_place, select, steps
+from . import (
+    attention,
+    gpu_correct,
+    gpu_host,
+    gpu_library,
+    gpu_stress,
+    linear_cross_entropy,
+    native_in_place,
+    select,
+    steps,
+)
 from .command import ROUNDS, slug
 from .gpu_children import Row, run_rows, supervise
 from .gpu_report import report
@@ -104,6 +114,8 @@ def correct_cases(device: torch.device, dry: bool, sizes: gpu_correct.Sizes) -> 
     for form in forms(dry):
         for case in gpu_correct.selections(device):
             yield case, form
+    for case in gpu_library.cases(device):
+        yield case, "torch" if dry else "triton"
 
 
 def timed_rows(part: str, device: Device, dry: bool) -> Iterator[Row]:

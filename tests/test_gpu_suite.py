@@ -18,7 +18,7 @@ from attent.bench.contenders import PORTABLE, Contenders, Progress, running
 from attent.bench.devices import Device, DeviceLost
 from attent.bench.select import topk
 from attent_kernels import native
-from benchmarks import gpu_children, gpu_correct, gpu_host, gpu_stress, gpu_suite
+from benchmarks import gpu_children, gpu_correct, gpu_host, gpu_library, gpu_stress, gpu_suite
 from benchmarks.gpu_children import run_rows, supervise
 from benchmarks.gpu_report import report
 from benchmarks.suite_file import SuiteFile, merge
@@ -306,6 +306,12 @@ def test_correct_runs_every_case() -> None:
     results = {case.name: gpu_correct.check(case, "torch") for case in (*cases, *gpu_correct.selections(CPU))}
     assert len(results) > 170
     assert {name: result for name, result in results.items() if set(result) != {"error / budget"}} == {}
+
+
+def test_correct_holds_what_is_no_kernel_against_the_cpu_and_the_specification() -> None:
+    for case in gpu_library.cases(CPU):
+        result = gpu_correct.check(case, "triton" if case.name.startswith("one-pass") else "torch")
+        assert "outside budget" not in result, (case.name, result)
 
 
 @pytest.mark.parametrize("part", ["scores", "output", "chosen"])
