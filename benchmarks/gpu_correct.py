@@ -7,6 +7,7 @@ Choices must be exactly the reference's of the kernel's own scores.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +42,6 @@ EXAMPLES = 5
 class Case(NamedTuple):
     """One option of one op in one dtype. ``run`` takes a backend's name; ``truth`` what that returned."""
 
-    name: str
     dtype: torch.dtype
     run: Callable[[str], Results]
     truth: Callable[[Results], Results]
@@ -67,20 +67,25 @@ def check(case: Case, form: str) -> dict[str, Any]:
     return result | {"outside budget": list(wrong), "wrong": wrong} if wrong else result
 
 
-def cases(device: torch.device, dtype: torch.dtype, train: bool, sizes: Sizes) -> Iterator[Case]:
+#: Its name and how it is made: with tensors, which all but one of many processes can do without.
+Named = tuple[str, Callable[[], Case]]
+
+
+def cases(device: torch.device, dtype: torch.dtype, train: bool, sizes: Sizes) -> Iterator[Named]:
     """Of attention, loss and, where nothing is trained, the choice by a loss's scores."""
+    about = f"{str(dtype)[6:]}, {'forward and backward' if train else 'forward'}"
     for name, options in attention_options(device, sizes).items():
-        yield attention(name, options, dtype, train, device, sizes)
+        yield f"attention, {name}, {about}", partial(attention, options, dtype, train, device, sizes)
     for name, options in loss_options(device, sizes).items():
-        yield loss(name, options, dtype, train, device, sizes)
+        yield f"loss, {name}, {about}", partial(loss, options, dtype, train, device, sizes)
     if not train:
         for name, options in choice_options(device, sizes).items():
-            yield choice(name, options, dtype, device, sizes)
+            yield f"score and select, {name}, {str(dtype)[6:]}", partial(choice, options, dtype, device, sizes)
 
 
-def selections(device: torch.device) -> Iterator[Case]:
+def selections(device: torch.device) -> Iterator[Named]:
     for name, options in selection_options(device).items():
-        yield selection(name, options, device)
+        yield f"selection, {name}", partial(selection, options, device)
 
 
 def normal(device: torch.device, seed: int) -> Callable[..., Tensor]:
@@ -141,9 +146,7 @@ def attention_options(device: torch.device, sizes: Sizes) -> dict[str, dict[str,
     }
 
 
-def attention(
-    name: str, options: dict[str, Any], dtype: torch.dtype, train: bool, device: torch.device, sizes: Sizes
-) -> Case:
+def attention(options: dict[str, Any], dtype: torch.dtype, train: bool, device: torch.device, sizes: Sizes) -> Case:
     options = dict(options)
     Tq, Tk = options.pop("Tq", sizes.queries), options.pop("Tk", sizes.keys)
     width, value_width = options.pop("D", sizes.width), options.pop("Dv", sizes.width)
@@ -212,9 +215,7 @@ def attention(
         lengths = options.get("query_lengths")
         return torch.ones(batch, dtype=torch.bool, device=device) if lengths is None else lengths > 0
 
-    direction = "forward and backward" if train else "forward"
     return Case(
-        f"attention, {name}, {str(dtype)[6:]}, {direction}",
         dtype,
         lambda backend: call(attent.scored_attention, lambda value: value, {"backend": backend}),
         truth,
@@ -277,7 +278,7 @@ def choice_options(device: torch.device, sizes: Sizes) -> dict[str, dict[str, An
     }
 
 
-def choice(name: str, options: dict[str, Any], dtype: torch.dtype, device: torch.device, sizes: Sizes) -> Case:
+def choice(options: dict[str, Any], dtype: torch.dtype, device: torch.device, sizes: Sizes) -> Case:
     inputs, target, options = loss_problem(options, dtype, device, sizes)
 
     def call(function: Callable[..., Any], cast: Callable[[Any], Any], extra: dict[str, Any]) -> Results:
@@ -288,7 +289,6 @@ def choice(name: str, options: dict[str, Any], dtype: torch.dtype, device: torch
         return {"chosen": chosen.index[order], "score": chosen.score, "inclusion": chosen.inclusion[order]}
 
     return Case(
-        f"score and select, {name}, {str(dtype)[6:]}",
         dtype,
         lambda backend: call(attent.score_and_select, lambda value: value, {"backend": backend}),
         lambda found: call(reference.score_and_select, widened, {}),
@@ -327,9 +327,7 @@ def loss_problem(
     return inputs, target, options
 
 
-def loss(
-    name: str, options: dict[str, Any], dtype: torch.dtype, train: bool, device: torch.device, sizes: Sizes
-) -> Case:
+def loss(options: dict[str, Any], dtype: torch.dtype, train: bool, device: torch.device, sizes: Sizes) -> Case:
     inputs, target, options = loss_problem({"score": SCORES} | options, dtype, device, sizes)
 
     def call(function: Callable[..., Any], cast: Callable[[Any], Any], extra: dict[str, Any]) -> Results:
@@ -348,9 +346,7 @@ def loss(
         """Unequal factors where there are several losses."""
         return torch.linspace(0.5, 2.0, value.numel(), device=device, dtype=value.dtype).view(value.shape)
 
-    direction = "forward and backward" if train else "forward"
     return Case(
-        f"loss, {name}, {str(dtype)[6:]}, {direction}",
         dtype,
         lambda backend: call(attent.linear_cross_entropy, lambda value: value, {"backend": backend}),
         lambda found: call(reference.linear_cross_entropy, widened, {}),
@@ -382,7 +378,7 @@ def selection_options(device: torch.device) -> dict[str, dict[str, Any]]:
     }
 
 
-def selection(name: str, options: dict[str, Any], device: torch.device) -> Case:
+def selection(options: dict[str, Any], device: torch.device) -> Case:
     options = dict(options)
     n, k = options.pop("n"), options.pop("k")
     scores = normal(device, 9)(n).exp().to(options.pop("dtype", torch.float32))
@@ -401,7 +397,6 @@ def selection(name: str, options: dict[str, Any], device: torch.device) -> Case:
 
     # φ = log(score)/temperature and κ are up to 2^4 in size: 16 roundings of a number near 1, √256.
     return Case(
-        f"selection, {name}",
         torch.float32,
         lambda backend: found(attent.select_top_k(scores, k, backend=backend, **options)),
         truth,

@@ -5,6 +5,7 @@ ops within ``torch.compile``. Rows of the suite's part "correct".
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,23 +14,27 @@ import attent
 from attent import reference
 from attent.bench.contenders import Results
 
-from .gpu_correct import Case, normal
+from .gpu_correct import Case, Named, normal
 
 CPU = torch.device("cpu")
 
 
-def cases(device: torch.device) -> Iterator[Case]:
-    yield Case("teacher", torch.float32, lambda _: lessons(device), lambda _: on(device, lessons(CPU)), 1)
+def cases(device: torch.device) -> Iterator[Named]:
+    yield "teacher", partial(teacher, device)
     engines = ("eager", "two_pass", "compile") if device.type == "cuda" else ("eager", "two_pass")  # it takes a minute
     for engine in engines:
-        yield one_pass(engine, device)
-    yield predictions(device)
+        yield f"one-pass, {engine}", partial(one_pass, engine, device)
+    yield "example_scores and gradient_scores", partial(predictions, device)
     if device.type == "cuda":
-        yield compiled(device)
+        yield "torch.compile, fullgraph", partial(compiled, device)
 
 
 def on(device: torch.device, results: Results) -> Results:
     return {name: value.to(device) for name, value in results.items()}
+
+
+def teacher(device: torch.device) -> Case:
+    return Case(torch.float32, lambda _: lessons(device), lambda _: on(device, lessons(CPU)), 1)
 
 
 def lessons(device: torch.device) -> Results:
@@ -78,7 +83,7 @@ def one_pass(engine: str, device: torch.device) -> Case:
         step.backward(step(x, labels), index)
         return gradients(learner)
 
-    return Case(f"one-pass, {engine}", torch.float32, run, lambda _: plain(torch.float64), 64 * 80)
+    return Case(torch.float32, run, lambda _: plain(torch.float64), 64 * 80)
 
 
 def predictions(device: torch.device) -> Case:
@@ -99,7 +104,7 @@ def predictions(device: torch.device) -> Case:
         return found | {"gradient": module.gradient_scores(losses, leaf)}  # type: ignore[attr-defined]
 
     return Case(
-        "example_scores and gradient_scores", torch.float32,
+        torch.float32,
         lambda _: scores(attent, torch.float32), lambda _: scores(reference, torch.float64), 9 * 31,
     )  # fmt: skip
 
@@ -131,7 +136,7 @@ def compiled(device: torch.device) -> Case:
         return {name: value.detach() for name, value in (found | named).items()}
 
     return Case(
-        "torch.compile, fullgraph", torch.float32,
+        torch.float32,
         lambda backend: whole(attent, torch.float32, {"backend": backend}, backend != "torch"),
         lambda _: whole(reference, torch.float64, {}, False), 150 * 128,
     )  # fmt: skip

@@ -46,7 +46,7 @@ ONE_LAUNCH = (
 #: Of these, those that on a Hopper GPU backend "cuda" has a kernel of its own for.
 HOPPER = ("attention, residual and top-k", "attention, readout and top-k", "loss, logit", "scores and top-k")
 #: Seconds for a delayed process: it starts, compiles and runs one operation once.
-DELAYED_LIMIT = 80
+DELAYED_LIMIT = 60
 
 
 def operations(device: torch.device, form: str, sizes: Sizes) -> dict[str, Operation]:

@@ -2,9 +2,9 @@
 
 correct    the public API, option by option, on the device, against the specification in float64
 attention  scored_attention beside attention alone and with eager scoring
-lce        linear_cross_entropy beside its rivals and the bare matrix product
 select     top-k beside torch's
 host       microseconds of a call on tiny inputs, where the host is what takes time
+lce        linear_cross_entropy beside its rivals and the bare matrix product
 steps      training steps with and without a teacher
 stress     poisoned workspaces, delayed tiles, two streams, graph replay; launches counted
 
@@ -61,7 +61,7 @@ from .gpu_report import report
 from .provenance import RESULTS, gpu_provenance
 from .suite_file import SuiteFile, merge
 
-PARTS = ("correct", "attention", "lce", "select", "host", "steps", "stress")
+PARTS = ("correct", "attention", "select", "host", "lce", "steps", "stress")
 WORKLOADS = {
     "attention": attention.workloads,
     "lce": linear_cross_entropy.workloads,
@@ -70,8 +70,8 @@ WORKLOADS = {
 }
 #: Not timed: several children at once.
 SHARED = ("warm", "correct", "stress")
-#: Seconds for a row, or for one contender of it until its first result; where it is compiled before, and elsewhere.
-ROW_LIMIT, SHARED_LIMIT = 120, 90
+#: Seconds for a row, or for one contender of it until its first result: a training step compiles for a minute or more.
+ROW_LIMIT = 120
 DRY_LIMIT = 600  # Triton's interpreter takes a minute for some
 
 
@@ -82,8 +82,8 @@ def rows(part: str, device: Device, dry: bool, warmed: Sequence[str] = ()) -> It
     """(part, key, what to run), the most decisive first. ``warmed``: the parts that "warm" is for."""
     sizes = gpu_correct.TINY if dry else gpu_correct.Sizes()
     if part == "correct":
-        for case, form in correct_cases(device.torch, dry, sizes):
-            yield part, f"{case.name}, {form}", lambda _, case=case, form=form: gpu_correct.check(case, form)
+        for (name, make), form in correct_cases(device.torch, dry, sizes):
+            yield part, f"{name}, {form}", lambda _, make=make, form=form: gpu_correct.check(make(), form)
     elif part == "stress":
         for form in forms(dry):
             for key, run in gpu_stress.rows(device.torch, form, sizes):
@@ -104,7 +104,7 @@ def forms(dry: bool) -> tuple[str, ...]:
     return ("triton", "cuda", PORTABLE) if native.runs_hopper(torch.device("cuda", 0)) else ("triton", "cuda")
 
 
-def correct_cases(device: torch.device, dry: bool, sizes: gpu_correct.Sizes) -> Iterator[tuple[gpu_correct.Case, str]]:
+def correct_cases(device: torch.device, dry: bool, sizes: gpu_correct.Sizes) -> Iterator[tuple[gpu_correct.Named, str]]:
     """For each dtype forward, then backward; selection last, which the others rest on."""
     for dtype in (torch.float32,) if dry else (torch.bfloat16, torch.float16, torch.float32):
         for train in (False, True):
@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--only", metavar="TEXT", help="only rows whose key holds this text, also those that are there")
     parser.add_argument("--budget", type=float, default=1500, help="seconds in all; what runs then is stopped (1500)")
-    parser.add_argument("--row-limit", type=float, help=f"seconds for a row ({ROW_LIMIT}, {SHARED_LIMIT} untimed)")
+    parser.add_argument("--row-limit", type=float, help=f"seconds for a row ({ROW_LIMIT})")
     parser.add_argument("--workers", type=int, help="children for rows that are not timed (the cores, 16 at most)")
     parser.add_argument("--out", type=Path, help="a folder (default: benchmarks/results/<gpu>)")
     parser.add_argument("--again", action="store_true", help="measure anew what the file has of this commit")
@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-m", "benchmarks.gpu_suite", "--child", str(file.path), "--deadline", str(deadline)]
         command += ["--phase", *phase, "--part", *asked.part] + ["--dry"] * asked.dry
         command += ["--only", asked.only] if asked.only else []
-        limit = asked.row_limit or (DRY_LIMIT if asked.dry else SHARED_LIMIT if shared else ROW_LIMIT)
+        limit = asked.row_limit or (DRY_LIMIT if asked.dry else ROW_LIMIT)
         supervise(file, command, deadline, limit, workers if shared else 1)
     if time.time() > deadline:
         print("the budget ended: the same command goes on from here")
