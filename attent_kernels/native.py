@@ -9,7 +9,8 @@ import functools
 import importlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -33,6 +34,9 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 #: A stress test's switch, as in ``tickets.py``: blocks wait for a time of their own before they take a ticket.
 DELAYED = os.environ.get("ATTENT_DELAY_TILES") == "1"
+
+#: A test's and a benchmark's switch, :func:`portable_kernels`: no Hopper kernel runs.
+portable_alone = False
 
 #: The module, or None and why.
 module, reason = _load()
@@ -58,6 +62,27 @@ def _unfit(device: int) -> str | None:
 def cuda_archs() -> tuple[str, ...]:
     """The GPUs that this build has machine code for, such as ("80", "90a"); none without CUDA kernels."""
     return () if module is None else tuple(filter(None, module.cuda_archs.split(";")))
+
+
+def runs_hopper(device: torch.device) -> bool:
+    """Whether Hopper kernels run there, those of sm_90a, where a call suits them."""
+    return (
+        not portable_alone
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) == (9, 0)
+        and "90a" in cuda_archs()
+    )
+
+
+@contextmanager
+def portable_kernels() -> Iterator[None]:
+    """For tests and benchmarks: within this context the portable kernels run on a Hopper GPU, too."""
+    global portable_alone
+    before, portable_alone = portable_alone, True
+    try:
+        yield
+    finally:
+        portable_alone = before
 
 
 def cuda_versions() -> tuple[int, int]:

@@ -7,6 +7,7 @@ Choices must be exactly the reference's of the kernel's own scores.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 import attent
 from attent import reference
-from attent.bench.contenders import Results, budgets, difference
+from attent.bench.contenders import Results, budgets, compare, running, said
 
 HEADS, KEY_HEADS = 4, 2
 
@@ -27,60 +28,64 @@ class Sizes(NamedTuple):
     width: int = 64  # of a head
     wide: int = 256
     many_keys: int = 2000  # for one query: enough to be split
+    long: tuple[int, int] = (2000, 1500)  # queries and keys: more tiles than an H200 has processors
     tokens: int = 70  # of each of EXAMPLES
     hidden: int = 96
     classes: int = 1031
 
 
 #: For the interpreter, whose tiles are small.
-TINY = Sizes(queries=20, keys=30, width=16, wide=32, many_keys=150, tokens=10, hidden=12, classes=37)
+TINY = Sizes(queries=20, keys=30, width=16, wide=32, many_keys=150, long=(50, 60), tokens=10, hidden=12, classes=37)
 EXAMPLES = 5
 
 
 class Case(NamedTuple):
     """One option of one op in one dtype. ``run`` takes a backend's name; ``truth`` what that returned."""
 
-    name: str
     dtype: torch.dtype
     run: Callable[[str], Results]
     truth: Callable[[Results], Results]
     terms: int
 
 
-def check(case: Case, backend: str) -> dict[str, Any]:
-    """Errors over their budgets, and what is outside; or the backend's refusal."""
+def check(case: Case, form: str) -> dict[str, Any]:
+    """Errors over their budgets, and what is outside, how far and where; or the backend's refusal.
+
+    ``form``: a backend, or ``contenders.PORTABLE``.
+    """
     try:
-        found = case.run(backend)
+        with running(form) as backend:
+            found = case.run(backend)
     except ValueError as error:
-        if str(error).startswith("backend: "):
-            return {"unavailable": str(error).split(" cannot: ")[-1]}
+        if "unavailable" in said(error):
+            return said(error)
         raise
     truth = case.truth(found)
     allowed = budgets(truth, case.run("torch"), case.dtype, case.terms)
-    outside, shares = [], {}
-    for name, value in truth.items():
-        if name in allowed:
-            error = difference(found[name], value)
-            shares[name] = error / allowed[name] if allowed[name] else error
-            within = error <= allowed[name]
-        else:
-            within = torch.equal(found[name], value)
-        if not within:
-            outside.append(name)
+    shares, wrong = compare({name: found[name] for name in truth}, truth, allowed)
     result: dict[str, Any] = {"error / budget": shares}
-    return result | {"outside budget": outside} if outside else result
+    return result | {"outside budget": list(wrong), "wrong": wrong} if wrong else result
 
 
-def cases(device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: Sizes) -> Iterator[Case]:
-    """The most decisive first: for each dtype forward, then backward; selection last, which the others rest on."""
-    for dtype in dtypes:
-        for train in (False, True):
-            for name, options in attention_options(device, sizes).items():
-                yield attention(name, options, dtype, train, device, sizes)
-            for name, options in loss_options(device, sizes).items():
-                yield loss(name, options, dtype, train, device, sizes)
+#: Its name and how it is made: with tensors, which all but one of many processes can do without.
+Named = tuple[str, Callable[[], Case]]
+
+
+def cases(device: torch.device, dtype: torch.dtype, train: bool, sizes: Sizes) -> Iterator[Named]:
+    """Of attention, loss and, where nothing is trained, the choice by a loss's scores."""
+    about = f"{str(dtype)[6:]}, {'forward and backward' if train else 'forward'}"
+    for name, options in attention_options(device, sizes).items():
+        yield f"attention, {name}, {about}", partial(attention, options, dtype, train, device, sizes)
+    for name, options in loss_options(device, sizes).items():
+        yield f"loss, {name}, {about}", partial(loss, options, dtype, train, device, sizes)
+    if not train:
+        for name, options in choice_options(device, sizes).items():
+            yield f"score and select, {name}, {str(dtype)[6:]}", partial(choice, options, dtype, device, sizes)
+
+
+def selections(device: torch.device) -> Iterator[Named]:
     for name, options in selection_options(device).items():
-        yield selection(name, options, device)
+        yield f"selection, {name}", partial(selection, options, device)
 
 
 def normal(device: torch.device, seed: int) -> Callable[..., Tensor]:
@@ -106,7 +111,7 @@ def split_infinite(name: str, value: Tensor) -> Results:
 
 def attention_options(device: torch.device, sizes: Sizes) -> dict[str, dict[str, Any]]:
     """What is asked for beside a target; keys with capitals describe the tensors."""
-    TQ, TK = sizes.queries, sizes.keys
+    TQ, TK, D = sizes.queries, sizes.keys, sizes.width
     lengths = torch.tensor([TQ, 0, TQ // 5], device=device)
     starts = torch.tensor([0, TQ // 3, TQ // 3, TQ // 3 + 1, TQ], dtype=torch.int32, device=device)
     key_starts = torch.tensor([0, TK // 3, TK // 2, TK // 2, TK], dtype=torch.int32, device=device)
@@ -128,16 +133,20 @@ def attention_options(device: torch.device, sizes: Sizes) -> dict[str, dict[str,
         "lengths": {"query_lengths": lengths, "key_lengths": lengths.flip(0), "is_causal": True, **hard},
         "packed": {"cu_seqlens_q": starts, "cu_seqlens_k": key_starts, "is_causal": True, "top_k": 3},
         "packed, readout": {"cu_seqlens_q": starts, "cu_seqlens_k": key_starts, "pool": "mean", "score": "logit"},
-        "narrow value": {"Dv": sizes.width // 2 + 8},
+        "narrow value": {"Dv": D // 2 + 8},
+        "heads twice as wide, causal": {"D": 2 * D, "Dv": 2 * D, "is_causal": True, **hard},
+        "heads twice as wide, readout": {"D": 2 * D, "Dv": 2 * D, "pool": "mean", "score": "head", **drawn},
+        "heads half again as wide": {"D": D * 3 // 2, "Dv": D * 3 // 2, "window": (TQ // 6, 5)},
         "wide heads": {"D": sizes.wide, "Dv": sizes.wide, "Tq": TQ // 2},
+        # Blocks that stay take several tiles of queries, each of many tiles of keys.
+        "long, causal": {"D": 2 * D, "Dv": 2 * D, "Tq": sizes.long[0], "Tk": sizes.long[1], "is_causal": True},
+        "long, readout": {"Tq": sizes.long[0], "Tk": sizes.long[1], "pool": "mean", "score": "logit", **hard},
         "odd strides": {"strided": True, "is_causal": True},
         "mean of the loss": {"per_example": "mean", "score": "loss"},
     }
 
 
-def attention(
-    name: str, options: dict[str, Any], dtype: torch.dtype, train: bool, device: torch.device, sizes: Sizes
-) -> Case:
+def attention(options: dict[str, Any], dtype: torch.dtype, train: bool, device: torch.device, sizes: Sizes) -> Case:
     options = dict(options)
     Tq, Tk = options.pop("Tq", sizes.queries), options.pop("Tk", sizes.keys)
     width, value_width = options.pop("D", sizes.width), options.pop("Dv", sizes.width)
@@ -206,9 +215,7 @@ def attention(
         lengths = options.get("query_lengths")
         return torch.ones(batch, dtype=torch.bool, device=device) if lengths is None else lengths > 0
 
-    direction = "forward and backward" if train else "forward"
     return Case(
-        f"attention, {name}, {str(dtype)[6:]}, {direction}",
         dtype,
         lambda backend: call(attent.scored_attention, lambda value: value, {"backend": backend}),
         truth,
@@ -233,6 +240,9 @@ def loss_options(device: torch.device, sizes: Sizes) -> dict[str, dict[str, Any]
         "no score": {"score": None},
         "confident": {"confident": True},
         "rows": {"rows": True},
+        "rows, int32 labels": {"rows": True, "labels": torch.int32},
+        "odd strides": {"strided": True, "score": ("loss", "logit")},
+        "two scores": {"score": ("loss", "logit")},  # without "hidden" and "head": one launch
         "shift": {"shift": True, "per_example": "mean"},
         "packed": {"cu_seqlens": starts, "shift": True},
         "ignored": {"ignored": True, "per_example": "sum"},
@@ -252,12 +262,49 @@ def loss_options(device: torch.device, sizes: Sizes) -> dict[str, dict[str, Any]
     }  # fmt: skip
 
 
-def loss(
-    name: str, options: dict[str, Any], dtype: torch.dtype, train: bool, device: torch.device, sizes: Sizes
-) -> Case:
+def choice_options(device: torch.device, sizes: Sizes) -> dict[str, dict[str, Any]]:
+    """Of score_and_select. Examples of few tokens have scores that differ by far more than any kernel may err."""
+    drawn = {"temperature": 1.0, "floor": 0.4, "seed": 3}
+    of_losses = loss_options(device, sizes)
+    return {
+        "hard": {"k": 3},
+        "drawn": {"k": 3, **drawn},
+        "rows, head, drawn": {"k": 20, "rows": True, "score": "head", **drawn},
+        "loss, shift": {"k": 2, "score": "loss", "shift": True},
+        "packed, ignored, hard": {"k": 4, "cu_seqlens": of_losses["packed"]["cu_seqlens"], "ignored": True},
+        "all, drawn": {"k": 4, **of_losses["all"], **drawn},
+        "hidden": {"k": 2, "score": "hidden"},
+        "head": {"k": 2, "score": "head"},
+    }
+
+
+def choice(options: dict[str, Any], dtype: torch.dtype, device: torch.device, sizes: Sizes) -> Case:
+    inputs, target, options = loss_problem(options, dtype, device, sizes)
+
+    def call(function: Callable[..., Any], cast: Callable[[Any], Any], extra: dict[str, Any]) -> Results:
+        tensors = {leaf: cast(value) for leaf, value in inputs.items()}
+        chosen = function(**tensors, target=target, **{key: cast(value) for key, value in options.items()}, **extra)
+        # Of two whose scores differ by less than a kernel may err either may come first.
+        order = chosen.index.argsort()
+        return {"chosen": chosen.index[order], "score": chosen.score, "inclusion": chosen.inclusion[order]}
+
+    return Case(
+        dtype,
+        lambda backend: call(attent.score_and_select, lambda value: value, {"backend": backend}),
+        lambda found: call(reference.score_and_select, widened, {}),
+        sizes.classes,
+    )
+
+
+def loss_problem(
+    options: dict[str, Any], dtype: torch.dtype, device: torch.device, sizes: Sizes
+) -> tuple[dict[str, Tensor], Tensor, dict[str, Any]]:
+    """The leaves, the target and the options of the function itself."""
     B, T, WIDTH, CLASSES = EXAMPLES, sizes.tokens, sizes.hidden, sizes.classes
-    options = {"score": SCORES} | options
-    confident, rows, ignored, soft = (options.pop(key, False) for key in ("confident", "rows", "ignored", "soft"))
+    options = dict(options)
+    confident, rows, ignored, soft, strided = (
+        options.pop(key, False) for key in ("confident", "rows", "ignored", "soft", "strided")
+    )
     draw = normal(device, 3)
     shape = (B * T,) if rows or "cu_seqlens" in options else (B, T)
     weight = draw(CLASSES, WIDTH) * (3 / WIDTH**0.5)
@@ -270,9 +317,18 @@ def loss(
         target.view(B, T)[1] = -100
     if soft:
         target = draw(*shape, CLASSES).softmax(-1)
+    target = target.to(options.pop("labels", target.dtype))
     inputs = {"input": hidden.to(dtype), "linear_weight": weight.to(dtype)}
+    if strided:  # every second column of the hidden states; the weight column by column
+        inputs["input"] = inputs["input"].repeat_interleave(2, -1)[..., ::2]
+        inputs["linear_weight"] = inputs["linear_weight"].t().contiguous().t()
     if "linear_bias" in options:
         inputs["linear_bias"] = options.pop("linear_bias").to(dtype)
+    return inputs, target, options
+
+
+def loss(options: dict[str, Any], dtype: torch.dtype, train: bool, device: torch.device, sizes: Sizes) -> Case:
+    inputs, target, options = loss_problem({"score": SCORES} | options, dtype, device, sizes)
 
     def call(function: Callable[..., Any], cast: Callable[[Any], Any], extra: dict[str, Any]) -> Results:
         leaves = {leaf: cast(value).detach().requires_grad_(train) for leaf, value in inputs.items()}
@@ -290,13 +346,11 @@ def loss(
         """Unequal factors where there are several losses."""
         return torch.linspace(0.5, 2.0, value.numel(), device=device, dtype=value.dtype).view(value.shape)
 
-    direction = "forward and backward" if train else "forward"
     return Case(
-        f"loss, {name}, {str(dtype)[6:]}, {direction}",
         dtype,
         lambda backend: call(attent.linear_cross_entropy, lambda value: value, {"backend": backend}),
         lambda found: call(reference.linear_cross_entropy, widened, {}),
-        CLASSES,
+        sizes.classes,
     )
 
 
@@ -310,7 +364,9 @@ def selection_options(device: torch.device) -> dict[str, dict[str, Any]]:
         "hard": {"n": 3000, "k": 1200},
         "nothing": {"n": 10, "k": 0},
         "all": {"n": 1000, "k": 1000},
+        "drawn, the most in one launch": {"n": 16_384, "k": 5000, "temperature": 1.0, "floor": 0.2, "seed": 4},
         "hard, many blocks": {"n": 70_000, "k": 30_000},
+        "hard, float16": {"n": 3000, "k": 1200, "dtype": torch.float16},
         "many ties": {"n": 3000, "k": 1500, "ties": True},
         "not finite": {"n": 300, "k": 200, "special": True},
         "drawn": {"n": 3000, "k": 1000, "temperature": 1.0, "seed": 5},
@@ -322,10 +378,10 @@ def selection_options(device: torch.device) -> dict[str, dict[str, Any]]:
     }
 
 
-def selection(name: str, options: dict[str, Any], device: torch.device) -> Case:
+def selection(options: dict[str, Any], device: torch.device) -> Case:
     options = dict(options)
     n, k = options.pop("n"), options.pop("k")
-    scores = normal(device, 9)(n).exp()
+    scores = normal(device, 9)(n).exp().to(options.pop("dtype", torch.float32))
     if options.pop("ties", False):
         scores = scores.round()
     if options.pop("special", False):
@@ -341,7 +397,6 @@ def selection(name: str, options: dict[str, Any], device: torch.device) -> Case:
 
     # φ = log(score)/temperature and κ are up to 2^4 in size: 16 roundings of a number near 1, √256.
     return Case(
-        f"selection, {name}",
         torch.float32,
         lambda backend: found(attent.select_top_k(scores, k, backend=backend, **options)),
         truth,

@@ -6,7 +6,7 @@ two streams   thousands of small launches alternate between two streams, each wi
 graph         a captured launch is replayed a thousand times: tickets are back at 0 after each
 one launch    the profiler counts the kernels of a call
 
-``python -m benchmarks.gpu_stress --digest``: digests of every operation's results as JSON, for a child process whose
+``python -m benchmarks.gpu_stress --digest NAME``: the digest of an operation's results, for a child process whose
 environment delays tiles.
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -25,7 +24,10 @@ import torch
 from torch import Tensor
 
 import attent
+from attent.bench.contenders import running, said
+from attent_kernels import native
 
+from .gpu_children import Refused
 from .gpu_correct import TINY, Sizes, normal
 
 Operation = Callable[[], list[Tensor]]
@@ -37,12 +39,21 @@ ONE_LAUNCH = (
     "attention, residual and top-k",
     "attention, readout and top-k",
     "attention, one query",
+    "loss, logit",
+    "scores and top-k",
     "selection, 3000",
 )
+#: Of these, those that on a Hopper GPU backend "cuda" has a kernel of its own for.
+HOPPER = ("attention, residual and top-k", "attention, readout and top-k", "loss, logit", "scores and top-k")
+#: Seconds for a delayed process: it starts, compiles and runs one operation once.
+DELAYED_LIMIT = 60
 
 
-def operations(device: torch.device, backend: str, sizes: Sizes) -> dict[str, Operation]:
-    """Small calls with several tiles, tickets and folds each; their results as tensors."""
+def operations(device: torch.device, form: str, sizes: Sizes) -> dict[str, Operation]:
+    """Small calls with several tiles, tickets and folds each; their results as tensors.
+
+    ``form``: a backend, or ``contenders.PORTABLE``.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     draw = normal(device, 11)
     B, H, D, T = 6, 4, sizes.width, sizes.queries
@@ -71,7 +82,8 @@ def operations(device: torch.device, backend: str, sizes: Sizes) -> dict[str, Op
 
     # The seed is a tensor: a number would be copied to the device, which a graph cannot capture.
     drawn: dict[str, Any] = {"temperature": 1.0, "floor": 0.25, "seed": torch.tensor([1], device=device)}
-    return {
+    backend = form.split(",")[0]
+    found = {
         "attention, residual and top-k": attention(
             query, key, value, target=target, is_causal=True, score="residual", top_k=3
         ),
@@ -85,6 +97,15 @@ def operations(device: torch.device, backend: str, sizes: Sizes) -> dict[str, Op
         "selection, 3000": lambda: [*attent.select_top_k(scores[:3000], 1200, backend=backend, **drawn)],
         "selection, all": lambda: [*attent.select_top_k(scores, len(scores) // 2, backend=backend, **drawn)],
     }
+    return {name: in_form(form, operation) for name, operation in found.items()}
+
+
+def in_form(form: str, operation: Operation) -> Operation:
+    def run() -> list[Tensor]:
+        with running(form):
+            return operation()
+
+    return run
 
 
 def digest(tensors: list[Tensor]) -> str:
@@ -95,28 +116,26 @@ def digest(tensors: list[Tensor]) -> str:
     return found.hexdigest()
 
 
-def rows(device: torch.device, backend: str, sizes: Sizes) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+def rows(device: torch.device, form: str, sizes: Sizes) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """(key, what to run) for the suite, the most decisive first."""
-    found = operations(device, backend, sizes)
+    found = operations(device, form, sizes)
     for name in ONE_LAUNCH:
-        yield f"one launch: {name}", lambda operation=found[name]: count_launches(operation, device)
-    yield "delayed: all", lambda: delayed(found, device, backend)
+        hopper = form == "cuda" and name in HOPPER and native.runs_hopper(device)
+        yield f"one launch: {name}", lambda of=(found[name], device, hopper): count_launches(*of)
+    for name, operation in found.items():
+        yield f"delayed: {name}", lambda of=(name, operation, device, form): delayed(*of)
     for kind, stress in {"poisoned": poisoned, "graph": replayed, "two streams": two_streams}.items():
         launches = LAUNCHES[kind][device.type != "cuda"]
         for name, operation in found.items():
             yield f"{kind}: {name}", lambda operation=operation, stress=stress, n=launches: stress(operation, device, n)
 
 
-class Refused(Exception):
-    """The operation has no such backend here."""
-
-
 def first(operation: Operation) -> list[Tensor]:
     try:
         return operation()
     except ValueError as error:
-        if str(error).startswith("backend: "):
-            raise Refused(str(error).split(" cannot: ")[-1]) from None
+        if "unavailable" in said(error):
+            raise Refused(said(error)["unavailable"]) from None
         raise
 
 
@@ -189,7 +208,8 @@ def _counted(launches: int, different: int, tickets: int) -> dict[str, Any]:
     return result
 
 
-def count_launches(operation: Operation, device: torch.device) -> dict[str, Any]:
+def count_launches(operation: Operation, device: torch.device, hopper: bool) -> dict[str, Any]:
+    """``hopper``: whether it is a Hopper kernel that has to be launched."""
     first(operation)
     if device.type != "cuda":
         return {"unavailable": "no CUDA device"}
@@ -202,52 +222,41 @@ def count_launches(operation: Operation, device: torch.device) -> dict[str, Any]
         for event in profile.events()
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset"))
     ]
+    if not kernels:
+        return {"unavailable": "the profiler saw no kernel at all"}
     result: dict[str, Any] = {"kernels": kernels}
-    return result if len(kernels) == 1 else result | {"failed": f"{len(kernels)} kernels"}
+    if len(kernels) != 1:
+        return result | {"failed": f"{len(kernels)} kernels"}
+    return result if not hopper or "hopper" in kernels[0] else result | {"failed": f"no Hopper kernel: {kernels[0]}"}
 
 
-def digests(found: dict[str, Operation]) -> dict[str, str]:
-    """Of every operation, or how it failed."""
-    results = {}
-    for name, operation in found.items():
-        try:
-            results[name] = digest(first(operation))
-        except Exception as error:  # the others are still to be seen
-            results[name] = f"{type(error).__name__}: {error}".split("\n")[0]
-    return results
-
-
-def delayed(found: dict[str, Operation], device: torch.device, backend: str) -> dict[str, Any]:
-    """Digests of a process whose tiles wait, beside this process's."""
-    if os.environ.get("TRITON_INTERPRET") == "1" and backend == "triton":
+def delayed(name: str, operation: Operation, device: torch.device, form: str) -> dict[str, Any]:
+    """The digest of a process whose tiles wait, beside this process's."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and form == "triton":
         return {"unavailable": "Triton's interpreter knows no inline assembly, which the delay is"}
-    here = digests(found)
-    child = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_stress", "--digest", "--device", device.type, "--backend", backend],
-        env=os.environ | {"ATTENT_DELAY_TILES": "1"},
-        capture_output=True,
-        text=True,
-    )
+    here = digest(first(operation))
+    command = [sys.executable, "-m", "benchmarks.gpu_stress", "--digest", name, "--device", device.type, "--form", form]
+    environment = os.environ | {"ATTENT_DELAY_TILES": "1"}
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DELAYED_LIMIT)
     if child.returncode != 0:
         return {"failed": f"the delayed process ended with {child.returncode}: {child.stderr[-300:]}"}
-    return compare(here, json.loads(child.stdout.splitlines()[-1]))
+    return same_digest(here, child.stdout.splitlines()[-1])
 
 
-def compare(here: dict[str, str], there: dict[str, str]) -> dict[str, Any]:
-    """Digests without delay and with it."""
-    different = {name: (value, there[name]) for name, value in here.items() if there[name] != value}
-    result: dict[str, Any] = {"digests": here}
-    return result | {"failed": f"different when delayed: {different}"} if different else result
+def same_digest(here: str, there: str) -> dict[str, Any]:
+    """Without delay and with it."""
+    return {"digest": here} | ({} if here == there else {"failed": f"different when delayed: {there}"})
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_stress", description="Digests of all operations.")
-    parser.add_argument("--digest", action="store_true", required=True)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_stress", description="The digest of an operation.")
+    parser.add_argument("--digest", metavar="NAME", required=True)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--backend", default="triton")
+    parser.add_argument("--form", default="triton")
     asked = parser.parse_args(arguments)
     device = torch.device(asked.device)
-    print(json.dumps(digests(operations(device, asked.backend, Sizes() if device.type == "cuda" else TINY))))
+    sizes = Sizes() if device.type == "cuda" else TINY
+    print(digest(operations(device, asked.form, sizes)[asked.digest]()))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def median(row: dict[str, Any], contender: str) -> float | None:
     return None if seconds is None else float(seconds["median"])
 
 
-OURS, ALONE = "attent triton + top-k", "the fastest attention alone"
+OURS, CUDA, ALONE = "attent triton + top-k", "attent cuda + top-k", "the fastest attention alone"
 SCORED = "the fastest attention + eager scoring + topk"
 HEAD, LONG = "8192×4096×131072, T 512, forward", "8192×4096×131072, T 2048, forward"
 
@@ -65,14 +65,20 @@ TARGETS = (
     Target("`scored_attention`, causal, T 4096, D 128 / the fastest attention alone", "≤ 1.35", "attention",
            "causal, T 4096", over_fastest(OURS, ALONE)),
     Target("the same, T 16384", "≤ 1.35", "attention", "causal, T 16384", over_fastest(OURS, ALONE)),
-    Target("the same, readout of a ViT, T 197, D 64", "≤ 1.15", "attention", "ViT, readout", over_fastest(OURS, ALONE)),
+    Target('the same, T 4096, backend `"cuda"` (sm_90a)', "≤ 1.10", "attention", "causal, T 4096",
+           over_fastest(CUDA, ALONE)),
+    Target("the same, T 16384", "≤ 1.10", "attention", "causal, T 16384", over_fastest(CUDA, ALONE)),
+    Target("`scored_attention`, readout of a ViT, T 197, D 64 / the fastest attention alone", "≤ 1.15", "attention",
+           "ViT, readout", over_fastest(OURS, ALONE)),
     Target("the same, attention pool, one query, 1,024 keys", "≤ 1.15", "attention", "attention pool, Tq 1",
            over_fastest(OURS, ALONE)),
     Target("`scored_attention`, T 4096 / the fastest attention, eager scoring and `torch.topk`", "≤ 0.8", "attention",
            "causal, T 4096", over_fastest(OURS, SCORED)),
     Target('scorer, `"logit"`, 8192×4096×131072 / the matrix product alone', "≤ 1.25", "lce", HEAD,
            over("attent triton, logit", "matrix products alone")),
-    Target("its extra memory, MiB", "< 64", "lce", HEAD, peak("attent triton, logit")),
+    Target('the same, backend `"cuda"` (sm_90a)', "≤ 1.25", "lce", HEAD,
+           over("attent cuda, logit", "matrix products alone")),
+    Target("its extra memory with Triton, MiB", "< 64", "lce", HEAD, peak("attent triton, logit")),
     Target('scorer, `"head"` / `"logit"`, 512 tokens an example', "≤ 1.35", "lce", HEAD,
            over("attent triton, head", "attent triton, logit")),
     Target("the same, 2,048 tokens an example", "≤ 1.8", "lce", LONG,

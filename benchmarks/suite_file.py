@@ -1,24 +1,34 @@
 """The file of the GPU suite's results: by commit, part and row; written anew, whole, after every row.
 
 {"runs": {commit: {"provenance": …, "parts": {part: {row: result}}}}}
+
+Beside it, while a run goes on, lies a folder of notes: which worker has taken which row, what each has open, and the
+lock under which results are written.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
+import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+NOTHING_OPEN: dict[str, Any] = {"open": None, "broken": {}, "finished": 0}
+
 
 class SuiteFile:
-    """One run's view of its file. What runs just now is noted beside it, for the process that watches and the next."""
+    """One worker's view of the file: what it runs just now is noted, for the process that watches and the next."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, worker: int = 0) -> None:
         self.path = path
-        self._state_path = path.with_suffix(".running")
+        self._notes = path.with_suffix(".running")
+        self.worker = str(worker)
 
     @classmethod
     def create(cls, path: Path, provenance: dict[str, Any], again: bool = False) -> SuiteFile:
@@ -34,31 +44,56 @@ class SuiteFile:
         }
         content["runs"][key] = {"provenance": provenance, "parts": kept}
         _write(path, content)
-        _write(self._state_path, {"run": key, "open": None, "broken": {}})
+        shutil.rmtree(self._notes, ignore_errors=True)
+        (self._notes / "claims").mkdir(parents=True)
+        (self._notes / "run").write_text(key)
         return self
 
     def close(self) -> None:
-        self._state_path.unlink()
+        shutil.rmtree(self._notes)
 
     # -------------------------------------------------------------------------------------------------------- results
 
     def results(self, part: str) -> dict[str, Any]:
         """Row: result."""
-        found: dict[str, Any] = json.loads(self.path.read_text())["runs"][self._state()["run"]]["parts"].get(part, {})
+        found: dict[str, Any] = self._run(json.loads(self.path.read_text()))["parts"].get(part, {})
         return found
 
-    def start(self, part: str, row: str) -> None:
+    def forget(self, part: str, text: str = "") -> None:
+        """The results of rows whose key holds ``text``: they run anew."""
+        with self._locked():
+            content = json.loads(self.path.read_text())
+            parts = self._run(content)["parts"]
+            parts[part] = {row: result for row, result in parts.get(part, {}).items() if text not in row}
+            _write(self.path, content)
+
+    def claim(self, part: str, row: str) -> bool:
+        """Take a row, unless it is another worker's; one that this worker had and did not finish is its own still."""
+        claimed = self._notes / "claims" / hashlib.sha256(f"{part} {row}".encode()).hexdigest()
+        try:
+            with claimed.open("x") as file:
+                file.write(self.worker)
+        except FileExistsError:
+            if claimed.read_text() != self.worker:
+                return False
         self._set(open={"part": part, "row": row, "contender": None, "since": time.time()})
+        return True
 
     def enter(self, contender: str | None) -> None:
         """A contender of the open row runs alone now; or none does."""
         self._set(open=self._state()["open"] | {"contender": contender, "since": time.time()})
 
     def finish(self, part: str, row: str, result: dict[str, Any]) -> None:
-        content = json.loads(self.path.read_text())
-        content["runs"][self._state()["run"]]["parts"].setdefault(part, {})[row] = result
-        _write(self.path, content)
-        self._set(open=None, broken={})
+        with self._locked():
+            content = json.loads(self.path.read_text())
+            self._run(content)["parts"].setdefault(part, {})[row] = result
+            _write(self.path, content)
+        self._set(open=None, broken={}, finished=self.finished() + 1)
+
+    def finished(self) -> int:
+        """How many rows this worker has a result of."""
+        count: int = self._state()["finished"]
+        return count
 
     # ------------------------------------------------------------------------------------------- what became of a child
 
@@ -86,12 +121,23 @@ class SuiteFile:
             self._set(open=None, broken=self.broken() | {row["contender"]: why})
         return True
 
+    def _run(self, content: dict[str, Any]) -> dict[str, Any]:
+        run: dict[str, Any] = content["runs"][(self._notes / "run").read_text()]
+        return run
+
     def _state(self) -> dict[str, Any]:
-        state: dict[str, Any] = json.loads(self._state_path.read_text())
+        path = self._notes / f"{self.worker}.json"
+        state: dict[str, Any] = json.loads(path.read_text()) if path.exists() else NOTHING_OPEN
         return state
 
     def _set(self, **changes: Any) -> None:
-        _write(self._state_path, self._state() | changes)
+        _write(self._notes / f"{self.worker}.json", self._state() | changes)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with (self._notes / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # a process that ends lets go of it
+            yield
 
 
 def merge(files: Iterable[Path], folder: Path) -> Path:

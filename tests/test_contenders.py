@@ -62,7 +62,8 @@ def test_whoever_is_missing_fails_or_is_wrong_is_named_and_hides_nobody() -> Non
     row = measure(workload(contenders), Device("cpu"), CEILINGS, rounds=2)
     found = row["contenders"]
     assert found["not there"] == {"unavailable": "no-such-module is not installed"}
-    assert found["broken"] == {"failed": "OSError: the library is broken"}
+    assert found["broken"]["failed"] == "OSError: the library is broken … and says so at length"
+    assert "fails, test_contenders.py:" in found["broken"]["trace"]
     assert found["wrong rival"]["outside budget"] == ["sum"] and found["wrong rival"]["seconds"]["median"] > 0
     assert found["attent, wrong"]["outside budget"] == ["sum"] and "seconds" not in found["attent, wrong"]
     assert found["attent, wrong index"]["outside budget"] == ["count"]
@@ -74,7 +75,7 @@ def test_whoever_is_missing_fails_or_is_wrong_is_named_and_hides_nobody() -> Non
     assert found["attent"]["share of the bound"] == 1e-3 / found["attent"]["seconds"]["median"]
     text = table("sums", row)
     assert "failed: OSError: the library is broken" in text
-    assert "not timed: outside the error budget in sum" in text
+    assert "not timed: outside the error budget in sum (inf of its budget)" in text
     assert all(name in text for name in found)
 
 

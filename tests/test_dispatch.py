@@ -14,6 +14,7 @@ import torch
 import attent
 from attent.ops import dispatch
 from attent_kernels import native
+from attent_kernels.linear_cross_entropy import launch_scorer_cuda
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -177,3 +178,14 @@ def test_backends_says_for_each_whether_it_can_run_or_why_not() -> None:
 def test_each_op_is_registered_with_its_backward() -> None:
     for op in ("linear_cross_entropy", "linear_cross_entropy_backward"):
         assert callable(dispatch.implementation(op, "torch"))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_hopper_kernels_run_on_hopper_unless_portable_ones_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.runs_hopper(CUDA) and not native.runs_hopper(CPU)
+    assert launch_scorer_cuda.kernels_of(CUDA) == ("hopper", "portable")
+    with native.portable_kernels():
+        assert not native.runs_hopper(CUDA) and launch_scorer_cuda.kernels_of(CUDA) == ("portable",)
+    assert native.runs_hopper(CUDA)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (10, 0))
+    assert not native.runs_hopper(CUDA)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import native, runtime
+from ..native import runs_hopper
 from .records import Attention, Into, Loss, TopK
 
 #: csrc/cuda/dtype.h's and scored_attention.h's enumerations.
@@ -45,7 +46,7 @@ def scored_attention(
         device, query.dtype, query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(),
         None if target is None else target.stride(), _kind(weight), _kind(bias), _kind(labels), _kind(query_lengths),
         _kind(key_lengths), None if cu_seqlens_q is None else cu_seqlens_q.shape, *options, *loss_options,
-        None if top_k is None else top_k[:3], only_pooled_row, store,
+        None if top_k is None else top_k[:3], only_pooled_row, store, native.portable_alone,
     )  # fmt: skip
     launch = _launches.get(kind)
     if launch is None:
@@ -63,11 +64,6 @@ def scored_attention(
             into.logits.data_ptr(), into.pooled.data_ptr(), into.logit_gradient.data_ptr(), into.scores.data_ptr(),
             index, chosen_score, inclusion, lent.scratch, lent.tickets, lent.stream,
         )  # fmt: skip
-
-
-def runs_hopper(device: torch.device) -> bool:
-    """Whether the Hopper kernel runs there."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0) and "90a" in native.cuda_archs()
 
 
 def has_map(tensor: Tensor) -> bool:

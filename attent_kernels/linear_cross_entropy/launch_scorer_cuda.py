@@ -57,6 +57,7 @@ def score_tokens(what: ToScore, choose: Choose | None = None) -> Scored:
         device, aligned, input.dtype, input.shape, input.stride(), linear_weight.shape, linear_weight.stride(),
         target.dtype, target.stride(), linear_bias is None, _kind(weight), _kind(example_weight), _kind(cu_seqlens),
         batch, what[7:12], tuple(score), what.per_example, None if choose is None else choose[:3],
+        native.portable_alone,
     )  # fmt: skip
     launch = _launches.get(kind)
     if launch is None:
@@ -146,9 +147,7 @@ def _first_launch(what: ToScore, batch: int, choose: Choose | None, scores: Tens
 
 def kernels_of(device: torch.device) -> tuple[str, ...]:
     """The kernels that run there, best first."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0) and "90a" in native.cuda_archs():
-        return "hopper", "portable"
-    return ("portable",)
+    return ("hopper", "portable") if native.runs_hopper(device) else ("portable",)
 
 
 @lru_cache(maxsize=64)

@@ -170,8 +170,8 @@ def _policies(folder: Path, scale: str) -> Iterator[str]:
         " and the validation part, which no other table uses. Each cell: mean difference to full data at the same"
         " compute ± half of its 95 % interval, **in margins** of the study (0.5 points of accuracy, 0.02 bits per byte,"
         " 0.004 of squared error), so that studies can be put side by side; above 0 is better. *prune*: InfoBatch's two"
-        ' levels by a teacher\'s own settings, of fixed sizes (`temperature=0, floor=1/3, reweight="inverse"`, ratio 0.75):'
-        " the upper half, and every other example of the lower half, counted twice."
+        " levels, of fixed sizes, by a teacher's own settings (ratio 0.75, temperature 0, floor 1/3, reweighted by the"
+        " inverse): the upper half, and every other example of the lower half, counted twice."
     )
     yield ""
     yield from rows

@@ -67,7 +67,7 @@ POLICIES: dict[str, Policy] = {
     "score logit": Policy(score="logit"),
     "score loss": Policy(score="loss"),
     "per_example mean": Policy(by_mean=True),
-    # InfoBatch's two levels, of fixed sizes: the upper half, and at ratio 0.75 every other one of the lower half, twice.
+    # InfoBatch's two levels, of fixed sizes: the upper half, and at ratio 0.75 every other of the lower half, twice.
     "prune": Policy({"temperature": 0.0, "floor": 1 / 3, "reweight": "inverse"}, (0.75, 0.75)),
     "prune, score loss": Policy({"temperature": 0.0, "floor": 1 / 3, "reweight": "inverse"}, (0.75, 0.75), "loss"),
 }

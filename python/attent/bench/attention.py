@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attent
 
-from .contenders import Call, Contenders, Results, Workload, on_gpu
+from .contenders import PORTABLE, Call, Contenders, Results, Workload, on_gpu, on_hopper, running
 
 
 class Problem(NamedTuple):
@@ -182,22 +182,24 @@ def scored(make: Callable[[Problem], Callable[[], Tensor]]) -> Callable[[Problem
 
 
 for name, (make, checks) in ALONE.items():
-    CONTENDERS.add(name, *checks)(alone(make))
+    CONTENDERS.add(name, *checks, compiles=make is flex)(alone(make))
 for name, (make, checks) in ALONE.items():
-    CONTENDERS.add(name + SCORED, *checks)(scored(make))
+    CONTENDERS.add(name + SCORED, *checks, compiles=make is flex)(scored(make))
 
 
-def ours(backend: str, select: bool, return_output: bool = True) -> Callable[[Problem], Call]:
+def ours(form: str, select: bool, return_output: bool = True) -> Callable[[Problem], Call]:
     def make(problem: Problem) -> Call:
         options: dict[str, Any] = {"target": problem.target, "score": "residual"}
         if problem.weight is not None and problem.labels is not None:
             options = {"readout": attent.Readout(problem.weight, problem.labels), "score": "logit"}
 
         def run() -> Results:
-            result = attent.scored_attention(
-                problem.query, problem.key, problem.value, is_causal=problem.is_causal, backend=backend,
-                enable_gqa=problem.grouped, top_k=problem.k if select else None, return_output=return_output, **options,
-            )  # fmt: skip
+            with running(form) as backend:
+                result = attent.scored_attention(
+                    problem.query, problem.key, problem.value, is_causal=problem.is_causal, backend=backend,
+                    enable_gqa=problem.grouped, top_k=problem.k if select else None, return_output=return_output,
+                    **options,
+                )  # fmt: skip
             found = {"output": result.output, "scores": result.scores}
             if result.selection is not None:
                 found["scores of the chosen"] = result.selection.score
@@ -208,10 +210,12 @@ def ours(backend: str, select: bool, return_output: bool = True) -> Callable[[Pr
     return make
 
 
-for backend in ("triton", "torch"):
-    CONTENDERS.add(f"attent {backend}")(ours(backend, select=False))
-    CONTENDERS.add(f"attent {backend} + top-k")(ours(backend, select=True))
-    CONTENDERS.add(f"attent {backend} + top-k, no output")(ours(backend, select=True, return_output=False))
+for backend in ("triton", "cuda", "torch"):
+    of = {"compiles": backend == "triton"}
+    CONTENDERS.add(f"attent {backend}", **of)(ours(backend, select=False))
+    CONTENDERS.add(f"attent {backend} + top-k", **of)(ours(backend, select=True))
+    CONTENDERS.add(f"attent {backend} + top-k, no output", **of)(ours(backend, select=True, return_output=False))
+CONTENDERS.add(f"attent {PORTABLE} + top-k", on_hopper)(ours(PORTABLE, select=True))
 
 
 def ratios(row: dict[str, Any]) -> dict[str, Any]:

@@ -14,12 +14,17 @@ from __future__ import annotations
 import gc
 import importlib.util
 import statistics
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from attent_kernels import native
 
 from .devices import Device
 from .timing import Timing, interleave, ratio
@@ -33,6 +38,7 @@ class Contender:
     name: str
     make: Callable[[Any], Call]  # of a problem
     available: Callable[[Any], str | None]  # the reason why it cannot run this problem here; None: it can
+    compiles: bool  # seconds or minutes, at its first call: with Triton or torch.compile
 
     @property
     def ours(self) -> bool:
@@ -46,7 +52,7 @@ class Contenders:
         self.all: list[Contender] = []
 
     def add(
-        self, name: str, *available: Callable[[Any], str | None]
+        self, name: str, *available: Callable[[Any], str | None], compiles: bool = False
     ) -> Callable[[Callable[[Any], Call]], Callable[[Any], Call]]:
         """Decorator: this function makes contender ``name`` of a problem; the first reason of ``available`` holds."""
 
@@ -54,7 +60,7 @@ class Contenders:
             def first_reason(problem: Any) -> str | None:
                 return next((reason for check in available if (reason := check(problem)) is not None), None)
 
-            self.all.append(Contender(name, make, first_reason))
+            self.all.append(Contender(name, make, first_reason, compiles))
             return make
 
         return note
@@ -72,6 +78,22 @@ def installed(module: str, distribution: str = "") -> Callable[[Any], str | None
 def on_gpu(problem: Any) -> str | None:
     """A check: the problem lies on a GPU."""
     return None if problem.device.type == "cuda" else "it runs on a GPU only"
+
+
+#: What attent's contenders and checks run as: a backend, and of "cuda" also the kernels it runs where it has no better.
+PORTABLE = "cuda, portable"
+
+
+def on_hopper(problem: Any) -> str | None:
+    """A check: there are Hopper kernels, beside which the portable ones are another contender."""
+    return None if native.runs_hopper(problem.device) else "the portable kernels are those that 'cuda' runs here"
+
+
+@contextmanager
+def running(form: str) -> Iterator[str]:
+    """The name of the backend that runs ``form`` within this context."""
+    with native.portable_kernels() if form == PORTABLE else nullcontext():
+        yield form.split(",")[0]
 
 
 @dataclass(frozen=True)
@@ -186,11 +208,8 @@ def _admit(
         del results
         memory = device.peak_extra_mib(call)
     except Exception as error:  # whatever a library may raise
-        said = f"{type(error).__name__}: {error}".split("\n")[0][:300]
-        if said.startswith("ValueError: backend: "):  # attent's own refusal is no failure: it names the reason
-            entry["unavailable"] = said.split(" cannot: ")[-1]
-        else:
-            entry["failed"] = said
+        entry |= said(error)
+        if "failed" in entry:
             device.must_be_well()
         return None
     if memory is not None:
@@ -202,22 +221,64 @@ def _admit(
     return call
 
 
+def said(error: Exception) -> dict[str, str]:
+    """An error as a result: {"unavailable": why} if a backend refuses, else {"failed": what, "trace": where}."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Compilers show the source first and say last what is wrong with it.
+    text = f"{type(error).__name__}: " + " … ".join(dict.fromkeys([*lines[:1], *lines[-1:]]))
+    if text.startswith("ValueError: backend: "):  # attent's own refusal is no failure: it names the reason
+        return {"unavailable": text.split(" cannot: ")[-1]}
+    frames = [
+        f"{frame.name}, {Path(frame.filename).name}:{frame.lineno}"
+        for frame in traceback.extract_tb(error.__traceback__)
+    ]
+    return {"failed": text[:500], "trace": "\n".join([*frames[-6:], str(error)[-1500:]])}
+
+
 def _wrong(results: Results, truth: Results, allowed: dict[str, float], entry: dict[str, Any]) -> list[str]:
-    """The results that are not as near to the truth as they must be; notes the errors."""
-    entry["error / budget"] = {}
-    wrong = []
+    """The results that are not as near to the truth as they must be; notes the errors, and of those where they are."""
+    known = {name: value.detach() for name, value in results.items() if name in truth}
+    entry["error / budget"], wrong = compare(known, truth, allowed)
+    if wrong:
+        entry["wrong"] = wrong
+    return list(wrong)
+
+
+def compare(results: Results, truth: Results, allowed: dict[str, float]) -> tuple[dict[str, float], dict[str, Any]]:
+    """Of each floating result its error over its budget; of each that is wrong how, and where."""
+    shares, wrong = {}, {}
     for name, value in results.items():
-        if name not in truth:
-            continue
         if name not in allowed:
             if not torch.equal(value, truth[name]):
-                wrong.append(name)
+                wrong[name] = where(value, truth[name])
             continue
-        error = difference(value.detach(), truth[name])
-        entry["error / budget"][name] = error / allowed[name] if allowed[name] else error
+        error = difference(value, truth[name])
+        shares[name] = error / allowed[name] if allowed[name] else error
         if not error <= allowed[name]:
-            wrong.append(name)
-    return wrong
+            wrong[name] = {"budget": allowed[name]} | where(value, truth[name])
+    return shares, wrong
+
+
+def where(value: Tensor, truth: Tensor) -> dict[str, Any]:
+    """How two tensors differ: in shape, or in how many places, most of all where."""
+    if value.shape != truth.shape:
+        return {"shape": list(value.shape), "should be": list(truth.shape)}
+    error = (value.double() - truth.double()).abs().nan_to_num(nan=torch.inf)
+    at = int(error.argmax())
+    place = [int(i) for i in torch.unravel_index(torch.tensor(at), value.shape)]
+    counts = {"not finite": int((~value.isfinite()).sum())} if value.is_floating_point() else {}
+    return {
+        "different": int((error > 0).sum()), "of": value.numel(), **counts, "most at": place,
+        "is": float(value.flatten()[at]), "should be": float(truth.flatten()[at]),
+    }  # fmt: skip
+
+
+def outside(entry: dict[str, Any]) -> str:
+    """What is outside the budget, and how far."""
+    shares = entry.get("error / budget", {})
+    return ", ".join(
+        name + (f" ({shares[name]:.3g} of its budget)" if name in shares else "") for name in entry["outside budget"]
+    )
 
 
 def _figures(timed: Timing, workload: Workload, bound: float, baseline: Timing | None) -> dict[str, Any]:
@@ -274,7 +335,7 @@ def reason(entry: dict[str, Any]) -> str:
     for kind in ("unavailable", "failed"):
         if kind in entry:
             return f"{kind}: {entry[kind]}"
-    return f"not timed: outside the error budget in {', '.join(entry['outside budget'])}"
+    return f"not timed: outside the error budget in {outside(entry)}"
 
 
 def failures(row: dict[str, Any]) -> list[str]:
@@ -285,4 +346,4 @@ def failures(row: dict[str, Any]) -> list[str]:
 
 
 def _mark(entry: dict[str, Any]) -> str:
-    return f"  outside the error budget: {', '.join(entry['outside budget'])}" if "outside budget" in entry else ""
+    return f"  outside the error budget: {outside(entry)}" if "outside budget" in entry else ""

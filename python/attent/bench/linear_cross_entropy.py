@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import attent
 
-from .contenders import Call, Contenders, Results, Workload, installed, on_gpu
+from .contenders import PORTABLE, Call, Contenders, Results, Workload, installed, on_gpu, on_hopper, running
 
 SCORES = ("logit", "head")
 
@@ -161,7 +161,7 @@ def worth_compiling(problem: Problem) -> str | None:
     return "compiling takes longer than all of the rest" if problem.input.numel() < 1 << 16 else None
 
 
-@CONTENDERS.add("torch.compile", worth_compiling)
+@CONTENDERS.add("torch.compile", worth_compiling, compiles=True)
 def compiled(problem: Problem) -> Call:
     loss = torch.compile(eager_loss, dynamic=False)
     return step(problem, lambda: loss(problem.rows[0], problem.weight, problem.rows[1]))
@@ -178,14 +178,14 @@ def torch_chunked(problem: Problem) -> Call:
     return step(problem, lambda: F.linear_cross_entropy(problem.rows[0], problem.weight, target, options=options))
 
 
-@CONTENDERS.add("Liger", installed("liger_kernel", "liger-kernel"), on_gpu)
+@CONTENDERS.add("Liger", installed("liger_kernel", "liger-kernel"), on_gpu, compiles=True)
 def liger(problem: Problem) -> Call:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as loss
 
     return step(problem, lambda: loss(problem.rows[0], problem.weight, problem.rows[1]))
 
 
-@CONTENDERS.add("Liger, scaled (per-token)", installed("liger_kernel", "liger-kernel"), on_gpu)
+@CONTENDERS.add("Liger, scaled (per-token)", installed("liger_kernel", "liger-kernel"), on_gpu, compiles=True)
 def liger_scaled(problem: Problem) -> Call:
     from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction as loss
 
@@ -202,41 +202,50 @@ def cut(filter_eps: str | None) -> Callable[[Problem], Call]:
 
 
 CUT = (installed("cut_cross_entropy", "cut-cross-entropy"), on_gpu)
-CONTENDERS.add("Cut Cross-Entropy, filtered", *CUT)(cut("high"))
-CONTENDERS.add("Cut Cross-Entropy, exact", *CUT)(cut(None))
+CONTENDERS.add("Cut Cross-Entropy, filtered", *CUT, compiles=True)(cut("high"))
+CONTENDERS.add("Cut Cross-Entropy, exact", *CUT, compiles=True)(cut(None))
 
 
-def ours(backend: str, score: str | None) -> Callable[[Problem], Call]:
+def ours(form: str, score: str | None) -> Callable[[Problem], Call]:
     def make(problem: Problem) -> Call:
-        return step(
-            problem,
-            lambda: attent.linear_cross_entropy(
-                problem.input, problem.weight, problem.target, score=score, backend=backend
-            ),
-            score,
-        )
+        def loss() -> Any:
+            with running(form) as backend:
+                return attent.linear_cross_entropy(
+                    problem.input, problem.weight, problem.target, score=score, backend=backend
+                )
+
+        return step(problem, loss, score)
 
     return make
 
 
-for backend in ("triton", "torch"):
+for backend in ("triton", "cuda", "torch"):
     for score in (None, *SCORES):
-        CONTENDERS.add(f"attent {backend}" + (f", {score}" if score else ""))(ours(backend, score))
+        of = {"compiles": backend == "triton"}
+        CONTENDERS.add(f"attent {backend}" + (f", {score}" if score else ""), **of)(ours(backend, score))
+CONTENDERS.add(f"attent {PORTABLE}, logit", on_hopper)(ours(PORTABLE, "logit"))
 
 
 def forward_only(problem: Problem) -> str | None:
     return "it has no backward" if problem.train else None
 
 
-@CONTENDERS.add("attent triton, logit and top-k in one launch", forward_only)
-def score_and_select(problem: Problem) -> Call:
-    def run() -> Results:
-        selection = attent.score_and_select(
-            problem.input, problem.weight, problem.target, len(problem.input) // 2, backend="triton"
-        )
-        return {"scores of the chosen": selection.score}
+def score_and_select(backend: str) -> Callable[[Problem], Call]:
+    def make(problem: Problem) -> Call:
+        def run() -> Results:
+            selection = attent.score_and_select(
+                problem.input, problem.weight, problem.target, len(problem.input) // 2, backend=backend
+            )
+            return {"scores of the chosen": selection.score}
 
-    return run
+        return run
+
+    return make
+
+
+for backend in ("triton", "cuda"):
+    name = f"attent {backend}, logit and top-k in one launch"
+    CONTENDERS.add(name, forward_only, compiles=backend == "triton")(score_and_select(backend))
 
 
 # ------------------------------------------------------------------------------------------------------------- workload

@@ -99,7 +99,7 @@ def ours(backend: str) -> Callable[[Problem], Call]:
 
 
 for backend in ("triton", "cuda", "torch"):
-    CONTENDERS.add(f"attent {backend}")(ours(backend))
+    CONTENDERS.add(f"attent {backend}", compiles=backend == "triton")(ours(backend))
 
 
 # ------------------------------------------------------------------------------------------------------------- workload

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import attent
 
-from .contenders import Call, Contenders, Results, Workload
+from .contenders import Call, Contenders, Results, Workload, on_gpu
 from .small_gpt import Block, SmallGPT
 
 #: The teacher's data set: large, so that recording into it is not into a cache.
@@ -43,11 +43,13 @@ def nothing(problem: Problem) -> Results:
 HARVEST = Contenders()
 
 
-def gpt_step(problem: Problem, backend: str | None, score: str | None) -> Call:
-    """backend None: the usual loss on full logits."""
+def gpt_step(problem: Problem, backend: str | None, score: str | None, compiled: bool = False) -> Call:
+    """backend None: the usual loss on full logits. ``compiled``: the model, by torch.compile."""
     shape = problem.shape
     torch.manual_seed(0)
-    model = SmallGPT(shape["T"], shape["D"], shape["heads"], shape["depth"], shape["V"]).to(problem.device)
+    with problem.device:
+        model = SmallGPT(shape["T"], shape["D"], shape["heads"], shape["depth"], shape["V"])
+    forward = torch.compile(model, dynamic=False) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=problem.device.type == "cuda")
     tokens = torch.randint(shape["V"], (shape["B"], shape["T"]), device=problem.device)
     ids = torch.randperm(EXAMPLES)[: shape["B"]]
@@ -56,7 +58,7 @@ def gpt_step(problem: Problem, backend: str | None, score: str | None) -> Call:
 
     def run() -> Results:
         with problem.autocast():
-            hidden = model(tokens)
+            hidden = forward(tokens)
             if backend is None:
                 loss = F.cross_entropy(model.head(hidden[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
             else:
@@ -81,7 +83,16 @@ for backend in ("triton", "torch"):
         def make(problem: Problem, backend: str = backend, score: str | None = score) -> Call:
             return gpt_step(problem, backend, score)
 
-        HARVEST.add(f"attent {backend}" + (f", {score} and teacher" if score else ""))(make)
+        teaches = f", {score} and teacher" if score else ""
+        HARVEST.add(f"attent {backend}" + teaches, compiles=backend == "triton")(make)
+HARVEST.add("full logits of a compiled model", on_gpu, compiles=True)(lambda of: gpt_step(of, None, None, True))
+for score in (None, "logit"):
+
+    def make_compiled(problem: Problem, score: str | None = score) -> Call:
+        return gpt_step(problem, "triton", score, True)
+
+    teaches = f", {score} and teacher" if score else ""
+    HARVEST.add("attent triton on a compiled model" + teaches, on_gpu, compiles=True)(make_compiled)
 
 
 def over_the_same_without(row: dict[str, Any]) -> dict[str, Any]:
@@ -111,11 +122,12 @@ class Classifier(nn.Module):
         return logits
 
 
-def classifier_step(problem: Problem, engine: str | None) -> Call:
-    """engine None: the full step."""
+def classifier_step(problem: Problem, engine: str | None, compiled: bool = False) -> Call:
+    """engine None: the full step, by torch.compile if ``compiled``."""
     shape = problem.shape
     torch.manual_seed(0)
-    model = Classifier(shape["D"], shape["heads"], shape["depth"], shape["classes"]).to(problem.device)
+    with problem.device:
+        model = Classifier(shape["D"], shape["heads"], shape["depth"], shape["classes"])
     x = torch.randn(shape["B"], shape["T"], shape["D"], device=problem.device)
     labels = torch.randint(shape["classes"], (shape["B"],), device=problem.device)
 
@@ -124,11 +136,12 @@ def classifier_step(problem: Problem, engine: str | None) -> Call:
             return F.cross_entropy(model(x).float(), labels, reduction="none")
 
     step = None if engine is None else attent.OnePass(losses, engine=engine)
+    full = torch.compile(losses, dynamic=False) if compiled else losses
 
     def run() -> Results:
         model.zero_grad()
         if step is None:
-            losses(x, labels).mean().backward()
+            full(x, labels).mean().backward()
         else:
             of_all = step(x, labels)
             step.backward(of_all, of_all.detach().topk(shape["B"] // 2).indices)
@@ -140,6 +153,8 @@ def classifier_step(problem: Problem, engine: str | None) -> Call:
 ONE_PASS.add("full step")(lambda problem: classifier_step(problem, None))
 ONE_PASS.add("attent one-pass, eager")(lambda problem: classifier_step(problem, "eager"))
 ONE_PASS.add("attent two-pass")(lambda problem: classifier_step(problem, "two_pass"))
+ONE_PASS.add("full step, compiled", on_gpu, compiles=True)(lambda problem: classifier_step(problem, None, True))
+ONE_PASS.add("attent one-pass, compiled", on_gpu, compiles=True)(lambda problem: classifier_step(problem, "compile"))
 
 # ------------------------------------------------------------------------------------------------------------ workloads
 
