@@ -64,7 +64,8 @@ class SuiteFile:
         with self._locked():
             content = json.loads(self.path.read_text())
             parts = self._run(content)["parts"]
-            parts[part] = {row: result for row, result in parts.get(part, {}).items() if text not in row}
+            if part in parts:
+                parts[part] = {row: result for row, result in parts[part].items() if text not in row}
             _write(self.path, content)
 
     def claim(self, part: str, row: str) -> bool:
