@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -243,3 +244,40 @@ def test_another_pythons_headers_have_to_be_there(sources: Path) -> None:
     for asked in ("3.12:/nowhere", "3.12", "312:/usr/include"):
         refused = setup(sources, "--version", ATTENT_FOR_PYTHON=asked)
         assert refused.returncode != 0 and "ATTENT_FOR_PYTHON: got" in refused.stderr
+
+
+def test_another_machine_is_known_and_its_pythons_headers_are_there(sources: Path) -> None:
+    headers = f"3.12:{sysconfig.get_path('include')}"
+    for asked, python in (("arm64", headers), ("aarch64-linux-gnu", "")):
+        refused = setup(sources, "--version", ATTENT_FOR_MACHINE=asked, ATTENT_FOR_PYTHON=python)
+        assert refused.returncode != 0 and f"ATTENT_FOR_MACHINE: got {asked}; takes" in refused.stderr
+
+
+def test_a_wheel_for_another_machine_is_named_after_it(sources: Path) -> None:
+    """With compilers in PATH that write down what they are called with, and an empty file."""
+    compiler = sources / "bin" / "aarch64-linux-gnu-g++"
+    compiler.parent.mkdir()
+    compiler.write_text(
+        f'#!/bin/sh\necho "$*" >> {sources}/called\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n'
+    )
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    (compiler.parent / "aarch64-linux-gnu-gcc").symlink_to(compiler.name)
+    asked = {
+        "ATTENT_FOR_PYTHON": f"3.12:{sysconfig.get_path('include')}",
+        "ATTENT_FOR_MACHINE": "aarch64-linux-gnu",
+        "ATTENT_NATIVE": "1",
+        "PATH": f"{compiler.parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    made = setup(sources, "bdist_wheel", ATTENT_CUDA="auto", **asked)
+    assert made.returncode == 0, made.stderr
+    (wheel,) = (sources / "dist").glob("*.whl")
+    assert wheel.name.endswith("-cp312-cp312-linux_aarch64.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert "attent_kernels/_native.cpython-312-aarch64-linux-gnu.so" in archive.namelist()
+    *compiled, linked = (sources / "called").read_text().splitlines()
+    assert len(compiled) == len(list((sources / "csrc").glob("*.cpp"))) and all(" -c " in line for line in compiled)
+    assert all("ATTENT_CUDA_ABSENT" in line and "aarch64-linux-gnu" in line for line in compiled)
+    assert " -shared " in linked and "-rpath" not in linked  # which would name this Python's folder
+
+    demanded = setup(sources, "build_ext", ATTENT_CUDA="1", **asked)
+    assert demanded.returncode != 0 and "nvcc's part is not built for another machine" in demanded.stderr
