@@ -90,6 +90,9 @@ cuda: $(INSTALLED)  ## the CUDA kernels, compiled by nvcc; no spills, the instru
 gpu: $(INSTALLED)  ## the tests that need a CUDA device
 	$(PYTEST) -m gpu $(NONE_IS_FINE)
 
+# What PYTHONPATH names would be imported before the wheel that is checked.
+build wheel: export PYTHONPATH :=
+
 # Source distribution and wheel into dist/, the wheel made from the source distribution. AWAY: a wheel installed where only
 # its dependencies are borrowed from .venv (a path in a .pth file is searched, but its own .pth files, the editable install
 # among them, are not read); $$away is that folder, in which bin/python has it.

@@ -13,10 +13,12 @@ left where Python finds it: in the installed package (``attent_kernels/_native_f
     ATTENT_CUDA=1      a missing or failing nvcc is an error
     ATTENT_CUDA=0      the CPU part only
 
-For another Python than the one that builds, whose headers lie in a folder of their own, and for a wheel that says which
-CUDA it is for (a local version, as package indexes other than PyPI take them):
+For another Python than the one that builds, whose headers lie in a folder of their own; for another machine, too, whose
+compilers' names begin with its own (CC and CXX name others), the CPU part only; and for a wheel that says which CUDA it
+is for (a local version, as package indexes other than PyPI take them):
 
     ATTENT_FOR_PYTHON=3.12:/usr/include/python3.12
+    ATTENT_FOR_MACHINE=aarch64-linux-gnu
     ATTENT_LOCAL_VERSION=cu13
 """
 
@@ -46,6 +48,16 @@ if FOR_PYTHON and not (re.fullmatch(r"3\.\d+", FOR_PYTHON) and Path(HEADERS, "Py
     sys.exit(
         f"ATTENT_FOR_PYTHON: got {FOR_PYTHON}:{HEADERS}; takes VERSION:FOLDER, such as 3.12:/usr/include/python3.12"
     )
+FOR_MACHINE = os.environ.get("ATTENT_FOR_MACHINE", "")
+if FOR_MACHINE:
+    if FOR_MACHINE not in ("aarch64-linux-gnu", "x86_64-linux-gnu") or not FOR_PYTHON:
+        sys.exit(
+            f"ATTENT_FOR_MACHINE: got {FOR_MACHINE}; takes aarch64-linux-gnu or x86_64-linux-gnu, "
+            "and ATTENT_FOR_PYTHON with it"
+        )
+    os.environ.setdefault("CC", f"{FOR_MACHINE}-gcc")
+    cxx = os.environ.setdefault("CXX", f"{FOR_MACHINE}-g++")
+    os.environ.setdefault("LDCXXSHARED", f"{cxx} -shared")
 REASON_FILE = "_native_failure.txt"
 # No -march: each hot function names its own instruction set and is picked at run time, so one build runs on any CPU.
 COMPILE_ARGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fopenmp"]
@@ -74,7 +86,8 @@ def native_extensions() -> list[Extension]:
             "attent_kernels._native",
             sources=sources,
             depends=sorted(glob("csrc/**/*.*", recursive=True)),
-            include_dirs=[pybind11.get_include(), *([HEADERS] if HEADERS else [])],
+            # Debian's headers look beside their folder for what depends on the machine.
+            include_dirs=[pybind11.get_include(), *([HEADERS, str(Path(HEADERS).parent)] if HEADERS else [])],
             extra_compile_args=COMPILE_ARGS,
             extra_link_args=LINK_ARGS,
             language="c++",
@@ -104,7 +117,9 @@ class BuildNative(build_ext):
 
     def get_ext_filename(self, fullname: str) -> str:
         name: str = super().get_ext_filename(fullname)
-        return re.sub(r"cpython-\d+", f"cpython-{FOR_PYTHON.replace('.', '')}", name) if FOR_PYTHON else name
+        if FOR_PYTHON:
+            name = re.sub(r"cpython-\d+", f"cpython-{FOR_PYTHON.replace('.', '')}", name)
+        return re.sub(r"\w+-linux-gnu", FOR_MACHINE, name) if FOR_MACHINE else name
 
     def compile_side_by_side(self) -> None:
         """Let the compiler take several files at a time: setuptools gives it one after another."""
@@ -144,6 +159,8 @@ class Wheel(bdist_wheel):
         python, abi, platform = super().get_tag()
         if FOR_PYTHON and abi != "none":
             python = abi = f"cp{FOR_PYTHON.replace('.', '')}"
+        if FOR_MACHINE and abi != "none":
+            platform = f"linux_{FOR_MACHINE.split('-')[0]}"
         return python, abi, platform
 
 
@@ -151,6 +168,10 @@ def add_cuda(ext: Extension) -> None:
     """Compile csrc/cuda and give the extension its objects; or give it the reason why it has none."""
     if cuda_build.wanted() == "0":
         absent = "it was left out (ATTENT_CUDA=0)"
+    elif FOR_MACHINE and cuda_build.wanted() != "1":
+        absent = f"it was left out (ATTENT_FOR_MACHINE={FOR_MACHINE})"
+    elif FOR_MACHINE:
+        raise cuda_build.NoCuda(f"nvcc's part is not built for another machine (ATTENT_FOR_MACHINE={FOR_MACHINE})")
     else:
         try:
             built = cuda_build.build(ROOT, ROOT / "build" / "cuda")

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import importlib.abc
 import os
 import random
+import sys
 from typing import Any
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
 
 from tests.launches import patch_language_once_per_launch
 
-# The same examples on every run, so that a green checkout stays green; no deadline, since machines differ.
-hypothesis.settings.register_profile("attent", deadline=None, derandomize=True)
-hypothesis.settings.load_profile("attent")
+
+class _SkipWithoutHypothesis(importlib.abc.MetaPathFinder):
+    """Skips, with the reason, every test module that imports hypothesis, itself or by what it imports."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.partition(".")[0] == "hypothesis":
+            pytest.skip("hypothesis is not installed", allow_module_level=True)
+
+
+try:
+    import hypothesis
+except ModuleNotFoundError:  # a machine with a GPU and without a network, say
+    sys.meta_path.append(_SkipWithoutHypothesis())  # the last one: asked for what nobody else has found
+else:
+    # The same examples on every run, so that a green checkout stays green; no deadline, since machines differ.
+    hypothesis.settings.register_profile("attent", deadline=None, derandomize=True)
+    hypothesis.settings.load_profile("attent")
 
 
 def pytest_configure(config: pytest.Config) -> None:

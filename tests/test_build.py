@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -109,22 +110,36 @@ def test_cuda_home_comes_first_and_decides(
 def test_pypis_package_is_found(cuda_build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing else is: its folder, and that of the runtime's package, is nvidia/cu13 in site-packages."""
     nvcc = fake_toolkit(tmp_path / "nvidia" / "cu13", files=("include/cuda_runtime.h", "lib/libcudart_static.a"))
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setattr(cuda_build, "USUAL", tmp_path / "nowhere")
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PATH", "")
     assert cuda_build.find_toolkit().nvcc == nvcc
 
 
+def test_a_cuda_home_without_nvcc_means_that_there_is_none(
+    cuda_build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever else is installed: who names a toolkit is not given another one."""
+    for place in (tmp_path / "path", tmp_path / "usual", tmp_path / "nvidia" / "cu13"):
+        fake_toolkit(place, files=COMPLETE)
+    monkeypatch.setenv("PATH", str(tmp_path / "path" / "bin"), prepend=os.pathsep)
+    monkeypatch.setattr(cuda_build, "USUAL", tmp_path / "usual")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    with pytest.raises(cuda_build.NoCuda, match=r"^no nvcc was found in CUDA_HOME \(/nowhere\)$"):
+        cuda_build.find_toolkit()
+
+
 def test_an_incomplete_toolkit_is_told(cuda_build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [])
     monkeypatch.delenv("CUDA_PATH", raising=False)
     for files, missing in (((), "cuda_runtime.h"), (COMPLETE[:1], "libcudart_static.a")):
         fake_toolkit(tmp_path, files=files)
         monkeypatch.setenv("CUDA_HOME", str(tmp_path))
         with pytest.raises(cuda_build.NoCuda, match=f"{missing} is not in {tmp_path}"):
             cuda_build.find_toolkit()
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
-    with pytest.raises(cuda_build.NoCuda, match=r"no nvcc was found in CUDA_HOME, PATH"):
-        cuda_build.find_toolkit()
 
 
 @pytest.mark.skipif(shutil.which("ninja") is None, reason="there is no ninja")
@@ -208,9 +223,8 @@ def test_without_nvcc_the_module_is_the_cpu_part_and_says_why(sources: Path) -> 
     shown = subprocess.run(
         [sys.executable, "-c", code], cwd=sources / "out" / "attent_kernels", capture_output=True, text=True
     )
-    assert shown.stdout.splitlines() == [
-        "no nvcc was found in CUDA_HOME, PATH, /usr/local/cuda or PyPI's nvidia-cuda-nvcc", "True False"
-    ], shown.stderr  # fmt: skip
+    why = f"no nvcc was found in CUDA_HOME ({sources / 'nowhere'})"
+    assert shown.stdout.splitlines() == [why, "True False"], shown.stderr
 
 
 @pytest.mark.slow
@@ -230,3 +244,40 @@ def test_another_pythons_headers_have_to_be_there(sources: Path) -> None:
     for asked in ("3.12:/nowhere", "3.12", "312:/usr/include"):
         refused = setup(sources, "--version", ATTENT_FOR_PYTHON=asked)
         assert refused.returncode != 0 and "ATTENT_FOR_PYTHON: got" in refused.stderr
+
+
+def test_another_machine_is_known_and_its_pythons_headers_are_there(sources: Path) -> None:
+    headers = f"3.12:{sysconfig.get_path('include')}"
+    for asked, python in (("arm64", headers), ("aarch64-linux-gnu", "")):
+        refused = setup(sources, "--version", ATTENT_FOR_MACHINE=asked, ATTENT_FOR_PYTHON=python)
+        assert refused.returncode != 0 and f"ATTENT_FOR_MACHINE: got {asked}; takes" in refused.stderr
+
+
+def test_a_wheel_for_another_machine_is_named_after_it(sources: Path) -> None:
+    """With compilers in PATH that write down what they are called with, and an empty file."""
+    compiler = sources / "bin" / "aarch64-linux-gnu-g++"
+    compiler.parent.mkdir()
+    compiler.write_text(
+        f'#!/bin/sh\necho "$*" >> {sources}/called\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n'
+    )
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    (compiler.parent / "aarch64-linux-gnu-gcc").symlink_to(compiler.name)
+    asked = {
+        "ATTENT_FOR_PYTHON": f"3.12:{sysconfig.get_path('include')}",
+        "ATTENT_FOR_MACHINE": "aarch64-linux-gnu",
+        "ATTENT_NATIVE": "1",
+        "PATH": f"{compiler.parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    made = setup(sources, "bdist_wheel", ATTENT_CUDA="auto", **asked)
+    assert made.returncode == 0, made.stderr
+    (wheel,) = (sources / "dist").glob("*.whl")
+    assert wheel.name.endswith("-cp312-cp312-linux_aarch64.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert "attent_kernels/_native.cpython-312-aarch64-linux-gnu.so" in archive.namelist()
+    *compiled, linked = (sources / "called").read_text().splitlines()
+    assert len(compiled) == len(list((sources / "csrc").glob("*.cpp"))) and all(" -c " in line for line in compiled)
+    assert all("ATTENT_CUDA_ABSENT" in line and "aarch64-linux-gnu" in line for line in compiled)
+    assert " -shared " in linked and "-rpath" not in linked  # which would name this Python's folder
+
+    demanded = setup(sources, "build_ext", ATTENT_CUDA="1", **asked)
+    assert demanded.returncode != 0 and "nvcc's part is not built for another machine" in demanded.stderr

@@ -1,8 +1,9 @@
 """Compiles csrc/cuda/*.cu for setup.py: which nvcc, for which GPUs, and only what has changed.
 
-A compiler is taken from CUDA_HOME or CUDA_PATH, else the PATH, else /usr/local/cuda, else PyPI's nvidia-cuda-nvcc
-package. Objects lie in build/cuda/<what decides them>: with ninja a rebuild compiles what has changed; without it
-everything, in parallel all the same. Beside each object lies what the compiler said (``.log``), ptxas' report included.
+CUDA_HOME or CUDA_PATH names the toolkit, and one without an nvcc means none. Where neither is set, the compiler is the
+one in PATH, else /usr/local/cuda's, else that of PyPI's nvidia-cuda-nvcc package. Objects lie in
+build/cuda/<what decides them>: with ninja a rebuild compiles what has changed; without it everything, in parallel all
+the same. Beside each object lies what the compiler said (``.log``), ptxas' report included.
 
     ATTENT_CUDA=auto    (default) where there is an nvcc; what fails leaves the CPU part, with the reason in the module
     ATTENT_CUDA=1       a missing nvcc or a failed compilation is an error
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 DEFAULT_ARCHS = "80;90a"
+USUAL = Path("/usr/local/cuda")  # where a toolkit of NVIDIA's installs itself
 # -lineinfo costs nothing at run time and lets profilers show source lines. -warn-spills makes a spill a warning, and
 # there are to be none. The host part is hidden from, and hides, other libraries' symbols.
 FLAGS = [
@@ -111,18 +113,21 @@ def find_toolkit() -> Toolkit:
             missing.append(f"{what} is not in {root}, where {nvcc} belongs")
             continue
         return Toolkit(nvcc, include, library, version.group(1))
-    raise NoCuda(
-        "; ".join(missing) or "no nvcc was found in CUDA_HOME, PATH, /usr/local/cuda or PyPI's nvidia-cuda-nvcc"
-    )
+    looked = ", ".join(f"{name} ({home})" for name, home in _homes().items())
+    looked = looked or f"PATH, {USUAL} or PyPI's nvidia-cuda-nvcc"
+    raise NoCuda("; ".join(missing) or f"no nvcc was found in {looked}")
+
+
+def _homes() -> dict[str, str]:
+    return {name: os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)}
 
 
 def _candidates() -> list[Path]:
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    found = [Path(home, "bin", "nvcc") for home in homes]
-    if not homes:
-        in_path = shutil.which("nvcc")
-        found += [Path(in_path)] if in_path else []
-        found += [Path("/usr/local/cuda/bin/nvcc")]
+    if _homes():  # whoever names a toolkit wants that one, or is told
+        return [Path(home, "bin", "nvcc") for home in _homes().values()]
+    in_path = shutil.which("nvcc")
+    found = [Path(in_path)] if in_path else []
+    found += [USUAL / "bin" / "nvcc"]
     for folder in {sysconfig.get_path("purelib"), *sys.path}:
         found += sorted(Path(folder or ".", "nvidia").glob("*/bin/nvcc"), reverse=True)
     return found
