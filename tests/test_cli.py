@@ -51,7 +51,7 @@ def test_a_missing_extra_is_named_with_the_way_to_get_it(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["demo"]) == 2
-    assert "pip install 'attent[demo]'" in capsys.readouterr().err
+    assert "pip install matplotlib tqdm" in capsys.readouterr().err
 
 
 def test_an_interrupted_demo_leaves_without_a_traceback(

@@ -48,6 +48,7 @@ def test_gradients_equal_training_on_the_chosen_rows_alone(name: str, backend: s
         losses_only(function(*(x[index] for x in batch))).mean().backward()
         assert relative_error(ours, gradients(model)) < EXACT
         assert step.report().engine == ("compile" if len(chosen) < B else "whole")
+        assert ("the whole batch's" in str(step.report())) == (len(chosen) == B)
     assert step.report().probes == 1 and step.report().verified == 2  # of three rows, and of one
 
 

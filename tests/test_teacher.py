@@ -353,6 +353,17 @@ def test_seconds_are_measured_and_what_is_estimated_says_so() -> None:
         teacher.summary(full_seconds=-1)
 
 
+def test_seconds_saved_are_unknown_where_no_training_was_timed() -> None:
+    stream = attent.Teacher(total_steps=4, ratio=0.5)
+    stream.choose(torch.rand(8))
+    unrecorded = attent.Teacher(8, total_epochs=1)
+    assert len(list(unrecorded.sampler())) == 8
+    for teacher in (stream, unrecorded):
+        summary = teacher.summary(full_seconds=100.0)
+        assert summary["training_seconds"] is None
+        assert (summary["saved_seconds"], summary["saved_seconds_are"]) == (None, "unknown")
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 

@@ -17,8 +17,6 @@ from .masks import window_of
 from .readout import GROUP, Classifier
 from .records import Attention, Into, Loss, TopK
 
-MAX_WIDTH = 256
-
 
 def scored_attention(
     attention: Attention,

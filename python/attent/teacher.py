@@ -331,7 +331,8 @@ class Teacher:
         No collective: counts over all ranks are as of the last merge (lesson drawn or state saved).
 
         ``full_seconds``: measured seconds of the same epochs on full data; makes ``saved_seconds`` "measured".
-        Otherwise they are "estimated" from this run's seconds per example. Keys: see :class:`attent.TeachingSummary`.
+        Otherwise they are "estimated" from this run's seconds per example, or "unknown" where no pass was timed. Keys:
+        see :class:`attent.TeachingSummary`.
 
         Raises:
             ValueError: ``full_seconds`` is below 0.

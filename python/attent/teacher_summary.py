@@ -25,7 +25,8 @@ class TeachingSummary(dict[str, Any]):
     * ``turnover``: for each reduced lesson after the first: share of it that was not in the one before
     * ``nonfinite_scores``: scores recorded that were NaN or infinite
     * ``teaching_seconds``: host seconds of this rank in record, merge, draw, choose
-    * ``training_seconds``: wall-clock seconds of this rank's passes, first draw to last record, teaching included
+    * ``training_seconds``: wall-clock seconds of this rank's passes, first draw to last record, teaching included; None
+      where no pass recorded a score, as on a stream
     * ``saved_seconds``: seconds of the same passes on full data − training_seconds; None if unknown
     * ``saved_seconds_are``: ``"measured"`` (full_seconds was given), ``"estimated"`` or ``"unknown"``
 
@@ -66,7 +67,7 @@ def summarise(teacher: Teacher, full_seconds: float | None) -> TeachingSummary:
         passes=counts["passes"],
     )
     saved: float | None = None
-    training_seconds = 0.0
+    training_seconds: float | None = None
     if harvest is not None and lessons is not None:
         store = harvest.store
         summary["lessons"] = lessons.drawn
@@ -76,13 +77,13 @@ def summarise(teacher: Teacher, full_seconds: float | None) -> TeachingSummary:
         summary["always_chosen_ids"] = always.nonzero().squeeze(1)
         summary["demoted_ids"] = lessons.demoted().nonzero().squeeze(1)
         summary["nonfinite_scores"] = store.nonfinite
-        training_seconds = harvest.seconds()
         if harvest.rows_recorded > 0 and counts["offered"] > 0:
+            training_seconds = harvest.seconds()
             learning = max(training_seconds - teacher._teaching_seconds, 0.0)
             per_example = learning / harvest.rows_recorded
             saved = per_example * counts["offered"] / rank_and_world()[1] - training_seconds
     label = "unknown" if saved is None else "estimated"
-    if full_seconds is not None:
+    if full_seconds is not None and training_seconds is not None:
         saved, label = full_seconds - training_seconds, "measured"
     summary["teaching_seconds"] = teacher._teaching_seconds
     summary["training_seconds"] = training_seconds

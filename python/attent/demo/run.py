@@ -171,6 +171,4 @@ def _teacher(settings: Settings, images: Images) -> attent.Teacher:
 def _require(*modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(
-            f"{' and '.join(missing)} not installed; pip install 'attent[demo]' brings what the demo needs"
-        )
+        raise ValueError(f"{' and '.join(missing)} not installed: pip install {' '.join(missing)}")

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 class OnePassReport:
     """``print(step.report())`` says it in words.
 
-    ``engine`` of the last step: ``"eager"``, ``"two_pass"``, ``"whole"`` (a backward of the whole batch in which rows
-    that were not chosen weigh nothing: exact, but saving nothing) or None before the first step. ``refused``: why other
-    engines were not used. ``keep_ratio``: k / B of the last step. ``cost``: the step over a full step, estimated with a
-    backward of twice a forward: (1 + 2r)/3 eager, (1 + 3r)/3 two-pass, 1 whole. ``probes``: probes run so far.
-    ``verified``: gradients compared with the masked full backward; ``largest_error``: the largest relative difference.
+    ``engine`` of the last step: ``"eager"``, ``"compile"``, ``"two_pass"``, ``"whole"`` or None before the first
+    step. ``"whole"`` is a backward of the whole batch in which rows that were not chosen weigh nothing: exact, but
+    saving nothing; where all rows are chosen, as in warm-up, it is what there is to do. ``refused``: why other
+    engines were not used. ``keep_ratio``: k / B of the last step. ``cost``: the step over a full step, estimated with
+    a backward of twice a forward: (1 + 2r)/3 eager and compiled, (1 + 3r)/3 two-pass, 1 whole. ``probes``: probes run
+    so far. ``verified``: gradients compared with the masked full backward; ``largest_error``: the largest relative
+    difference.
 
     >>> step = attent.OnePass(lambda x: x.square().sum(1), engine="two_pass")
     >>> step.backward(step(torch.ones(4, 3, requires_grad=True)), torch.tensor([1, 2]))
@@ -30,7 +32,8 @@ class OnePassReport:
     largest_error: float = 0.0
 
     def __str__(self) -> str:
-        lines = [f"engine: {self.engine or 'none yet'}"]
+        whole = " (the last step's backward was the whole batch's)" if self.engine == "whole" else ""
+        lines = [f"engine: {self.engine or 'none yet'}{whole}"]
         if self.cost is not None and self.keep_ratio is not None:
             lines.append(f"cost of a step at r = {self.keep_ratio:.2f}: {self.cost:.2f} of a full step (estimated)")
         lines += [f"not {engine}: {reason}" for engine, reason in self.refused.items()]

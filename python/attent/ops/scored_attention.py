@@ -60,8 +60,8 @@ class ScoredAttention(NamedTuple):
     ``output`` ``[B, Hq, Tq, Dv]`` (packed: ``[total_q, Hq, Dv]``) in the query's dtype, and ``logsumexp`` ``[B, Hq,
     Tq]`` (packed: ``[Hq, total_q]``), the natural logarithm of the softmax's denominator. ``losses`` ``[B]``;
     with a readout ``logits`` ``[B, C]`` and ``pooled`` ``[B, Hq * Dv]``, what it classifies. ``scores`` ``[B]`` and
-    ``selection``, the top k. All but the output are float32 (float64 for float64 inputs). ``output``, ``losses`` and
-    ``logits`` carry gradients.
+    ``selection``, the top k. ``logits`` and ``pooled`` are in the query's dtype too, the others float32 (float64 for
+    float64 inputs). ``output``, ``losses``, ``logits`` and ``pooled`` carry gradients.
 
     >>> query = torch.randn(4, 2, 5, 8)
     >>> out = attent.scored_attention(query, query, query, target=query, score="residual", top_k=2)

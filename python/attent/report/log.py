@@ -203,7 +203,7 @@ def read_log(run: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(run) / FILE if Path(run).is_dir() else Path(run)
     if not path.is_file():
-        refuse("run", f"{run}, without {FILE}", "a folder that a trainer with a teacher wrote to")
+        refuse("run", f"{run}, without {FILE}", "a folder that TeachingTrainer or attent.report.TeachingLog wrote to")
     events: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:

@@ -22,7 +22,7 @@ def write_pngs(charts: Sequence[Drawn], folder: Path) -> list[Path]:
         ValueError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        refuse("png", "an installation without matplotlib", "one with it: pip install 'attent[demo]'")
+        refuse("png", "an installation without matplotlib", "one with it: pip install matplotlib")
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for chart in charts:
