@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import attent
-from attent.ops import dispatch, linear_cross_entropy, select_top_k, triton_scored_attention
+from attent.ops import dispatch, kernel_scored_attention, linear_cross_entropy, select_top_k
 from attent.ops import score_and_select as scored_selection
 from attent_kernels import cuda_select, native, runtime
 from attent_kernels.attention import launch_cuda
@@ -172,7 +172,7 @@ def allocated_at_once(call: Call) -> list[Patch]:
 
         return empty
 
-    places = (runtime, cuda_select, launch_scorer_cuda, triton_scored_attention)
+    places = (runtime, cuda_select, launch_scorer_cuda, kernel_scored_attention)
     with patched([(place, "allocator", noted) for place in places]):
         call()
     again = itertools.cycle(made)

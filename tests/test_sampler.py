@@ -37,9 +37,18 @@ def test_a_loop_without_set_epoch_goes_through_all_epochs_and_no_further() -> No
         next(iter(sampler))
 
 
-def test_a_loop_that_never_records_goes_through_all_epochs_too() -> None:
+def test_a_loop_that_never_records_goes_through_all_epochs_too_and_is_told() -> None:
     sampler = attent.Teacher(20, total_epochs=5, ratio=0.4).sampler(batch_size=4)
-    assert [sum(len(batch) for batch in sampler) for _ in range(5)] == [20, 8, 8, 8, 20]
+    with pytest.warns(UserWarning, match="is taught and no score was ever recorded") as warned:
+        assert [sum(len(batch) for batch in sampler) for _ in range(5)] == [20, 8, 8, 8, 20]
+    assert len(warned) == 3  # each of the lessons
+
+
+def test_a_first_lesson_without_warm_up_is_no_mistake() -> None:
+    """There was nothing to record before; what the loop records in it, the next one is chosen by."""
+    teacher = attent.Teacher(20, total_epochs=5, ratio=0.4, warmup=0)
+    sampler = teacher.sampler()
+    assert [len(flat(train(teacher, sampler))) for _ in range(5)] == [8, 8, 8, 8, 20]
 
 
 def test_set_epoch_gives_the_same_epochs() -> None:
@@ -187,6 +196,7 @@ def test_the_batch_of_all_ranks_together_is_the_same_at_any_number_of_ranks() ->
     assert steps(1) == steps(2) == steps(4)
 
 
+@pytest.mark.filterwarnings("ignore:.*no score was ever recorded")  # it only counts
 @settings(max_examples=30)
 @given(
     n=st.integers(1, 60),

@@ -23,10 +23,15 @@ def refuse(argument: str, got: object, takes: str) -> NoReturn:
     raise ValueError(f"{argument}: got {got}; takes {takes}")
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"float32"`` of ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def describe(value: object) -> str:
     """A short description of what was passed: a tensor by its shape, dtype and device, anything else by its repr."""
     if isinstance(value, Tensor):
-        kind = str(value.dtype).removeprefix("torch.")
+        kind = dtype_name(value.dtype)
         if not is_strided(value):  # its shape may not even be defined
             kind += " nested" if value.is_nested else " " + str(value.layout).removeprefix("torch.")
             return f"a {kind} tensor on {value.device}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from time import perf_counter
@@ -433,6 +434,12 @@ class Teacher:
             if self._plan.is_full(epoch):
                 ids, in_lesson = torch.arange(self._num_examples), None
             else:
+                if self._counts["passes"] > 0 and not bool(self._harvest.store.visits.any()):
+                    warnings.warn(
+                        f"attent: epoch {epoch} is taught and no score was ever recorded, so its examples are drawn at"
+                        " random: call teacher.record(example_ids, scores) after each step",
+                        stacklevel=3,
+                    )
                 ids = self._lessons.of_epoch(epoch, self._plan, resumed=sampler._start > 0).index
                 in_lesson = torch.zeros(self._num_examples, dtype=torch.bool)
                 in_lesson[ids] = True

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from attent_kernels import native
 
+from .._checks import dtype_name
 from .devices import Device
 from .timing import Timing, interleave, ratio
 
@@ -161,7 +162,7 @@ def measure(
         entries[name] |= _figures(timed, workload, bound, timings.get(workload.baseline))
     row = {
         "shape": workload.shape,
-        "dtype": str(problem.dtype).removeprefix("torch."),
+        "dtype": dtype_name(problem.dtype),
         "flops": workload.flops,
         "bytes": workload.bytes,
         "bound seconds": bound,

@@ -21,7 +21,7 @@ from .probe_mode import ProbeMode, no_trace, seed_all
 
 _ROWS = 5  # of the first run: a prime, so that few sizes divide by it by chance
 #: How far values may differ between batch sizes, relative to a tensor's largest: what summing in another order may do.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _SMALLEST = 1e-3  # tensors whose largest value is below this are compared absolutely: they may be nothing but rounding
 
 
@@ -203,7 +203,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
         return a.shape == b.shape
     if not a.is_floating_point() and not a.is_complex():
         return bool(torch.equal(a, b))
-    tolerance = TOLERANCE.get(a.dtype, 1e-4)
+    tolerance = PROBE_TOLERANCE.get(a.dtype, 1e-4)
     if a.is_complex():
         a, b = torch.view_as_real(a), torch.view_as_real(b)
     a, b = a.double(), b.double()

@@ -10,7 +10,7 @@ from .probe import graph_nodes
 from .row_tensor import RowTensor
 
 #: Relative error in norm that summing in another order may cause; the worst dtype that the forward saved counts.
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+GRADIENT_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 #: Gradients that are 0 in theory (a key's bias) hold rounding only: this share of the largest norm counts for them.
 _SMALLEST = {torch.float64: 1e-2, torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.1}
 
@@ -29,7 +29,7 @@ def gradient_error(
     with torch.random.fork_rng(devices=devices):  # a checkpointed region may draw again
         ours = torch.autograd.grad(cut_loss, leaves, retain_graph=True, allow_unused=True)
         truth = torch.autograd.grad(whole_loss, leaves, retain_graph=True, allow_unused=True)
-    dtype = max(dtypes & TOLERANCE.keys() or {torch.float64}, key=lambda dtype: TOLERANCE[dtype])
+    dtype = max(dtypes & GRADIENT_TOLERANCE.keys() or {torch.float64}, key=lambda dtype: GRADIENT_TOLERANCE[dtype])
     norms = [None if x is None else float(torch.linalg.vector_norm(x.double())) for x in truth]
     largest = max((norm for norm in norms if norm is not None), default=0.0)
     if not all(norm is None or norm < float("inf") for norm in norms):  # NaN too: a row not chosen spoils the truth
@@ -46,11 +46,11 @@ def gradient_error(
             continue
         error = float(torch.linalg.vector_norm((mine - true).double()))
         error /= max(norm, _SMALLEST[dtype] * largest, torch.finfo(torch.float64).tiny)
-        if not error <= TOLERANCE[dtype]:
+        if not error <= GRADIENT_TOLERANCE[dtype]:
             raise OnePassError(
                 f"the chosen rows' gradient of {name} differs from the whole batch's masked backward by {error:.1e}"
-                f" (relative; {TOLERANCE[dtype]:.0e} is what rounding explains): an operation mixes rows in a way that"
-                " the probe did not see"
+                f" (relative; {GRADIENT_TOLERANCE[dtype]:.0e} is what rounding explains): an operation mixes rows in a"
+                " way that the probe did not see"
             )
         worst = max(worst, error)
     return worst

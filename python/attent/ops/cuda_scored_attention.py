@@ -7,13 +7,13 @@ from torch import Tensor
 
 from attent_kernels.attention import launch_cuda
 
+from .._checks import dtype_name
 from . import dispatch
+from .kernel_scored_attention import launched, too_wide
 from .scored_attention_op import Problem, Results, Scoring
-from .triton_scored_attention import launched
 
 CUDA_DTYPES = (torch.float16, torch.bfloat16)
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_WIDTH = 256
 _ALIGNED_NUMBERS = 8  # of 16 bits in 16 bytes
 
 
@@ -21,12 +21,12 @@ def refuses(problem: Problem) -> str | None:
     """Why the CUDA kernel does not take this problem; None if it does."""
     dtype = problem.query.dtype
     if dtype not in CUDA_DTYPES:
-        return f"it takes float16 and bfloat16, not {_name(dtype)}"
-    widest = max(problem.query.shape[-1], problem.value.shape[-1])
-    if widest > MAX_WIDTH:
-        return f"it takes head dimensions up to {MAX_WIDTH}, not {widest}"
+        return f"it takes float16 and bfloat16, not {dtype_name(dtype)}"
+    reason = too_wide(problem)
+    if reason is not None:
+        return reason
     if problem.target is not None and problem.target.dtype != dtype:
-        return f"it takes a target in query's {_name(dtype)}, not {_name(problem.target.dtype)}"
+        return f"it takes a target in query's {dtype_name(dtype)}, not {dtype_name(problem.target.dtype)}"
     for name, tensor in (
         ("query", problem.query), ("key", problem.key), ("value", problem.value), ("target", problem.target),
     ):  # fmt: skip
@@ -35,7 +35,7 @@ def refuses(problem: Problem) -> str | None:
             return f"of {name}, {reason}"
     for name, tensor in (("weight", problem.readout_weight), ("bias", problem.readout_bias)):
         if tensor is not None and tensor.dtype not in WEIGHT_DTYPES:
-            return f"it takes a readout {name} in float16, bfloat16 or float32, not {_name(tensor.dtype)}"
+            return f"it takes a readout {name} in float16, bfloat16 or float32, not {dtype_name(tensor.dtype)}"
     return None
 
 
@@ -50,10 +50,6 @@ def _unaligned(tensor: Tensor) -> str | None:
     if strides[-1] != 1 and tensor.shape[-1] > 1:
         return f"its columns are {strides[-1]} numbers apart, not side by side"
     return None if aligned else f"its rows do not all start at multiples of 16 bytes (strides {tuple(strides)})"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @dispatch.register("scored_attention", "cuda", refuses=refuses)

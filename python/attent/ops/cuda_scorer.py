@@ -13,7 +13,7 @@ from attent_kernels import pools
 from attent_kernels.linear_cross_entropy import launch_scorer_cuda
 from attent_kernels.linear_cross_entropy.scorer_workspace import Choose
 
-from .._checks import refuse
+from .._checks import dtype_name, refuse
 from ..selection import Selection
 from .dispatch import register
 from .linear_cross_entropy_op import Call, SixTensors
@@ -24,7 +24,7 @@ from .triton_scorer import selection_of, to_score
 def _refuses(dtype: torch.dtype) -> str | None:
     if dtype in (torch.float16, torch.bfloat16):
         return None
-    return f"it takes float16 and bfloat16, input is {str(dtype).removeprefix('torch.')}"
+    return f"it takes float16 and bfloat16, input is {dtype_name(dtype)}"
 
 
 def refusal(call: Call) -> str | None:

@@ -18,6 +18,7 @@ from .._checks import (
     check_number,
     check_tensor,
     describe,
+    dtype_name,
     refuse,
     values_readable,
 )
@@ -27,11 +28,11 @@ from . import cuda_scored_attention as cuda_scored_attention  # registers the CU
 from . import torch_scored_attention as torch_scored_attention  # registers the torch backend
 from . import triton_attention_backward as triton_attention_backward  # registers the Triton backend's gradients
 from . import triton_scored_attention as triton_scored_attention  # registers the Triton backend
+from .linear_cross_entropy import PER_EXAMPLE as PER_EXAMPLE
 from .scored_attention_op import Problem, Scoring, run
 from .select_top_k import _check_seed
 
 POOLS = ("mean", "first", "last")
-PER_EXAMPLE = ("mean", "sum", "rms")
 TARGET_SCORES = ("residual", "loss")
 READOUT_SCORES = ("logit", "head", "loss")
 
@@ -260,7 +261,7 @@ def _check_attention(
     """Refuse tensors that do not fit together; the number of examples."""
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     dtypes, device = (query.dtype,), query.device
-    dtype = str(query.dtype).removeprefix("torch.")
+    dtype = dtype_name(query.dtype)
     if query.dim() != (3 if packed else 4) or query.shape[1] < 1 or query.shape[-1] < 1:
         layout = (
             "[total_q, Hq, D] with cu_seqlens_*"
