@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from . import native
+from .native import DTYPES
 from .runtime import allocator, lend, on_device_of
-
-#: ``enum class Dtype`` of csrc/cuda/dtype.h.
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def select_top_k(

@@ -32,6 +32,10 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, reason
 
 
+#: How the module numbers what csrc/cuda/dtype.h and per_example.h list.
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+PER_EXAMPLE = {"mean": 0, "sum": 1, "rms": 2}
+
 #: A stress test's switch, as in ``tickets.py``: blocks wait for a time of their own before they take a ticket.
 DELAYED = os.environ.get("ATTENT_DELAY_TILES") == "1"
 

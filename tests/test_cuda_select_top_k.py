@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from attent.ops.select_top_k import floor_count, select_top_k
 from attent.selection import Selection
 from attent_kernels import native
-from attent_kernels.cuda_select import DTYPES as CODES
 from attent_kernels.cuda_select import address
+from attent_kernels.native import DTYPES as CODES
 
 from .selection_problems import DTYPES, INF, NAN, assert_same, is_close_call, problems
 

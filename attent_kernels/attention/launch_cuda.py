@@ -18,14 +18,12 @@ import torch
 from torch import Tensor
 
 from .. import native, runtime
-from ..native import runs_hopper
+from ..native import DTYPES, PER_EXAMPLE, runs_hopper
 from .records import Attention, Into, Loss, TopK
 
-#: csrc/cuda/dtype.h's and scored_attention.h's enumerations.
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+#: csrc/cuda/scored_attention.h's enumerations.
 POOLS = {"mean": 0, "first": 1, "last": 2}
 SCORES = {None: 0, "loss": 1, "residual": 2, "logit": 3, "head": 4}
-PER_EXAMPLE = {"sum": 0, "mean": 1, "rms": 2}
 
 #: A window's side beyond which no tensor reaches; sums of it and a row number stay within 32 bits.
 _FAR = 1 << 30

@@ -28,7 +28,6 @@ _NUMBERS = {
     torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3, torch.int32: 4, torch.int64: 5,
 }  # fmt: skip
 _REDUCTIONS = {None: 0, "mean": 1, "sum": 2, "none": 3, "example": 4}
-_PER_EXAMPLE = {"mean": 0, "sum": 1, "rms": 2}
 
 
 def score_tokens(what: ToScore, choose: Choose | None = None) -> Scored:
@@ -132,7 +131,7 @@ def _first_launch(what: ToScore, batch: int, choose: Choose | None, scores: Tens
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             softcap=0.0 if softcap is None else softcap,
-            how=(shift, _REDUCTIONS[reduction], _PER_EXAMPLE[per_example]),
+            how=(shift, _REDUCTIONS[reduction], native.PER_EXAMPLE[per_example]),
             outputs=(0, 0, *(_address(by_name.get(name)) for name in ("loss", "logit", "head"))),
             choice=choice,
             temperature=0.0 if choose is None else choose.temperature,

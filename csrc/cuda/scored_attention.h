@@ -16,13 +16,13 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "per_example.h"
 #include "status.h"
 
 namespace attent::gpu {
 
 enum class Pool : int { mean = 0, first = 1, last = 2 };
 enum class Score : int { none = 0, loss = 1, residual = 2, logit = 3, head = 4 };
-enum class PerExample : int { sum = 0, mean = 1, rms = 2 };
 
 // A tensor's rows by example, head and row; of a packed tensor the example's stride is 0. Columns are side by side, and
 // rows of query, key, value and target start at multiples of 16 bytes.

@@ -9,13 +9,13 @@
 
 #include <cstdint>
 
+#include "per_example.h"
 #include "status.h"
 
 namespace attent::gpu::scorer {
 
 enum class Number : int { bfloat16, float16, float32, float64, int32, int64 };
 enum class Reduction : int { nothing, mean, sum, none, example };
-enum class PerExample : int { mean, sum, rms };
 
 /// A vector [n] of numbers that are read as float32; no data: not given.
 struct Vector {
