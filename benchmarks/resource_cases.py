@@ -136,6 +136,10 @@ def attention_forward() -> Iterator[Case]:
                 f"{about}, one query, readout, drawn", attention_problem(width, dtype, readout="mean", queries=1),
                 drawn("logit"), decisive=width == 64 and half,
             )  # fmt: skip
+            yield case(
+                f"{about}, packed, causal, hard", attention_problem(width, dtype, packed=True), HARD,
+                decisive=width == 128 and half, wgmma=FORWARD if half else (),
+            )  # fmt: skip
     everything = {"window_left": 100, "window_right": 7, "softcap": 30.0}
     yield case(
         "D 128, bfloat16, packed, window, softcap, drawn", attention_problem(128, HALF, packed=True, **everything),
@@ -144,6 +148,27 @@ def attention_forward() -> Iterator[Case]:
     yield case(
         "D 64, bfloat16, last row alone", attention_problem(64, HALF, readout="last", rows="none"), drawn("head")
     )  # fmt: skip
+    yield case(
+        "D 64, bfloat16, window, softcap, drawn", attention_problem(64, HALF, **everything), drawn("residual"),
+        wgmma=FORWARD,
+    )  # fmt: skip
+    # Packed examples take more registers, and so have lines of their own in the configuration table.
+    for width, dtype in ((64, HALF), (256, FULL)):
+        yield case(
+            f"D {width}, {short(dtype)}, packed, last row alone",
+            attention_problem(width, dtype, readout="last", rows="none", packed=True), drawn("head"),
+        )  # fmt: skip
+    for width, dtype, pool, options in (
+        (64, HALF, "last", {}), (64, HALF, "mean", everything),
+        (128, HALF, "mean", {}), (128, HALF, "last", everything),
+        (64, FULL, "mean", everything), (128, FULL, "mean", everything), (256, FULL, "mean", everything),
+    ):  # fmt: skip
+        about = f"D {width}, {short(dtype)}, packed" + (", window, softcap" if options else "")
+        yield case(
+            f"{about}, readout {pool}, head, drawn",
+            attention_problem(width, dtype, readout=pool, packed=True, **options), drawn("head"),
+            wgmma=FORWARD if dtype == HALF else (),
+        )  # fmt: skip
 
 
 @of("scored_attention_backward")

@@ -69,6 +69,19 @@ _FEW = {
     128: Configuration(16, 64, 8, 3, 168),
     256: Configuration(16, 32, 8, 2, 255),
 }
+# Packed examples: which one a tile is of, and where that one starts, is searched for, and what is found stays in
+# registers of each thread. Where the table's line then spills with any option: fewer keys a tile, and a limit where the
+# compiler would rather spill than have one block less on a processor.
+_PACKED_HALF = {
+    (80, 64): Configuration(128, 32, 8, 3, 255),
+    (90, 128): Configuration(128, 64, 8, 3),
+}
+_PACKED_FLOAT32 = {
+    32: Configuration(64, 16, 8, 2, 255),
+    64: Configuration(64, 16, 8, 1, 255),
+    128: Configuration(32, 16, 8, 1, 255),
+    256: Configuration(16, 16, 8, 1, 255),
+}
 #: In the interpreter: small, so that small tests have several tiles.
 _INTERPRETED = Configuration(16, 16, 4, 1)
 
@@ -78,24 +91,28 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def choose(width: int, dtype: torch.dtype, few_queries: bool) -> Configuration:
+def choose(width: int, dtype: torch.dtype, few_queries: bool, packed: bool) -> Configuration:
     """The table's line for the wider of D and DV."""
     capability, column = triton_target.compute_capability(), padded(width)
     if capability == 0:
         return _INTERPRETED
     if few_queries:
         found = _FEW[column]
-        return (
-            found if dtype != torch.float32 else found._replace(block_n=min(found.block_n, 32), stages=2, registers=255)
-        )
+        if dtype == torch.float32:
+            keys = 16 if packed and column == 256 else 32
+            return found._replace(block_n=min(found.block_n, keys), stages=2, registers=255)
+        return found._replace(registers=255) if packed else found  # one block a processor either way
     if dtype == torch.float32:
-        return _FLOAT32[column]
-    return _HALF[90 if capability >= 90 else 80][column]
+        found = _FLOAT32[column]
+        return _PACKED_FLOAT32.get(column, found) if packed else found
+    generation = 90 if capability >= 90 else 80
+    found = _HALF[generation][column]
+    return _PACKED_HALF.get((generation, column), found) if packed else found
 
 
-def candidates(width: int, dtype: torch.dtype, few_queries: bool) -> list[Configuration]:
+def candidates(width: int, dtype: torch.dtype, few_queries: bool, packed: bool) -> list[Configuration]:
     """What ``ATTENT_AUTOTUNE=1`` tries: the table's line and its neighbours."""
-    here = choose(width, dtype, few_queries)
+    here = choose(width, dtype, few_queries, packed)
     rows = (16,) if few_queries else (64, 128)
     if dtype == torch.float32:
         return [here]

@@ -33,7 +33,8 @@ def scored_attention(
     batch = query.shape[0] if cu is None else cu.shape[0] - 1
     if batch == 0:
         return
-    rows = query.shape[0 if cu is not None else 2]
+    packed = cu is not None
+    rows = query.shape[0 if packed else 2]
     few = only_pooled_row or rows <= FEW_QUERIES
     width = max(query.shape[-1], value.shape[-1])
     dtype = query.dtype
@@ -45,9 +46,9 @@ def scored_attention(
         if configuration is None:
             configuration = autotune.pick(
                 "scored_attention",
-                (padded(width), dtype, few, attention.is_causal),
-                configurations.choose(width, dtype, few),
-                lambda: configurations.candidates(width, dtype, few),
+                (padded(width), dtype, few, attention.is_causal, packed),
+                configurations.choose(width, dtype, few, packed),
+                lambda: configurations.candidates(width, dtype, few, packed),
                 launch,
             )
         launch(configuration)

@@ -83,6 +83,8 @@ def configuration(
         return _INTERPRETED
     if dtype == torch.float32:
         chosen = FLOAT32._replace(registers=255) if soft else FLOAT32  # as many sums as below
+        if capped and extra and not soft:  # with 32, or with 168 registers, it spills in Triton 3.6.0
+            chosen = chosen._replace(columns=16, registers=255)
     else:
         capability = compute_capability()
         chosen = HALF[max((least for least in HALF if least <= capability), default=min(HALF))]
@@ -92,6 +94,8 @@ def configuration(
             chosen = chosen._replace(**_SOFT | {"registers": 255})
         elif weighted or (capped and (smoothed or extra)):
             chosen = chosen._replace(**_CROWDED)
+            if 90 <= capability < 100 and not weighted and not extra:
+                chosen = chosen._replace(columns=32)  # with 16, 24 bytes in Triton 3.5.1 and 3.6.0
         elif capped:
             # With 16 sm_90 spills 104 bytes; with 8 sm_100's compiler takes twice the time, 23 s.
             chosen = chosen._replace(columns=8 if 90 <= capability < 100 else 16)
