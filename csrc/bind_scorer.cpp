@@ -49,7 +49,7 @@ ScorerArgs scorer_args(const Integers<5>& hidden, const Integers<3>& weight, con
     args.ignore_index = ignore_index;
     args.label_smoothing = static_cast<float>(label_smoothing), args.softcap = static_cast<float>(softcap);
     args.shift = narrow(how[0]);
-    args.reduction = static_cast<Reduction>(how[1]), args.per_example = static_cast<PerExample>(how[2]);
+    args.reduction = static_cast<Reduction>(how[1]), args.per_example = static_cast<gpu::PerExample>(how[2]);
 
     args.loss = pointer<float>(outputs[0]), args.counts = pointer<float>(outputs[1]);
     args.mean_loss = pointer<float>(outputs[2]), args.logit = pointer<float>(outputs[3]);
