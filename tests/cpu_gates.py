@@ -223,10 +223,10 @@ GATES = {
     "scorer, logit, without the native module": Gate(1.37, lambda: scorer("logit", False)),
     "training loss": Gate(1.03, lambda: training_loss(None)),
     "training loss, logit": Gate(1.03, lambda: training_loss("logit")),
-    "select_top_k, hard, k 1,000": Gate(1.94, lambda: selection(1000, 0.0)),
-    "select_top_k, drawn, k n/2": Gate(1.51, lambda: selection(POOL // 2, 1.0)),
-    "Teacher.record": Gate(2.7, record),
-    "Teacher: merge and draw": Gate(2.12, lesson),
+    "select_top_k, hard, k 1,000": Gate(1.62, lambda: selection(1000, 0.0)),
+    "select_top_k, drawn, k n/2": Gate(1.30, lambda: selection(POOL // 2, 1.0)),
+    "Teacher.record": Gate(2.05, record),
+    "Teacher: merge and draw": Gate(1.82, lesson),
     "training step with a teacher": Gate(1.01, training_step),
 }
 
