@@ -160,18 +160,24 @@ def test_of_rows_that_hang_alike_only_the_first_take_their_time(file: SuiteFile)
     assert found["attention, window, cuda"]["x"] == found["loss, bias, triton"]["x"] == 1
 
 
-def test_a_lost_device_leaves_the_row_open_and_the_contender_is_left_out_next_time(
-    file: SuiteFile, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    device = Device("cpu")
-
-    def breaks(problem: Any) -> Any:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def loses_itself(monkeypatch: pytest.MonkeyPatch) -> Device:
+    """A device that is lost as soon as somebody asks how it is."""
 
     def lost() -> None:
         raise DeviceLost("illegal memory access")
 
+    device = Device("cpu")
     monkeypatch.setattr(device, "must_be_well", lost)
+    return device
+
+
+def test_a_lost_device_leaves_the_row_open_and_the_contender_is_left_out_next_time(
+    file: SuiteFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(problem: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    device = loses_itself(monkeypatch)
     workload = gpu_suite.select.workloads("tiny")[0]
     contenders = Contenders()
     contenders.add("torch.topk")(topk)
@@ -196,15 +202,10 @@ def test_a_lost_device_leaves_the_row_open_and_the_contender_is_left_out_next_ti
 def test_an_error_that_loses_the_device_keeps_its_words_and_ends_the_child(
     file: SuiteFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    device = Device("cpu")
-
     def fail(_: Progress) -> Any:
         raise RuntimeError("CUDA error: misaligned address")
 
-    def lost() -> None:
-        raise DeviceLost("misaligned address")
-
-    monkeypatch.setattr(device, "must_be_well", lost)
+    device = loses_itself(monkeypatch)
     rows = [("correct", "a", fail), ("correct", "b", lambda _: {"x": 1})]
     with pytest.raises(DeviceLost):
         run_rows(file, time.time() + 60, rows, device)
