@@ -79,7 +79,7 @@ def measure_scorer(rounds: int) -> dict[str, Any]:
     }
     reason = attent.ops.logits_passes.native.unavailable()
     if reason is None:
-        contenders["logit, PyTorch passes"] = lambda: without_native(lambda: scorer(problem, "logit"))
+        contenders[PYTORCH_PASSES] = lambda: without_native(lambda: scorer(problem, "logit"))
     timings = interleave(contenders, rounds)
     base = timings["F.linear alone"]
     return {
@@ -238,10 +238,24 @@ MEASURED: dict[str, Callable[[int], dict[str, Any]]] = {
     "teacher": lambda rounds: measure_teacher(rounds),
 }
 
-#: row -> (figure in it, target): what DESIGN asks of a CPU.
-TARGETS: dict[str, list[tuple[str, Callable[[dict[str, Any]], float], float]]] = {
+#: The scorer's cost over ``F.linear`` alone, at most: with the native module, and by PyTorch's operations.
+NATIVE_TARGET, PYTORCH_TARGET = 1.3, 1.8
+PYTORCH_PASSES = "logit, PyTorch passes"  # measured beside "logit" where that is the native module's
+
+
+def scorer_ratio(row: dict[str, Any], native: bool) -> float | None:
+    """Of "logit" over ``F.linear`` alone; None: not measured."""
+    ratios = row["ratio to F.linear alone"]
+    if native:
+        return float(ratios["logit"]["median"]) if PYTORCH_PASSES in ratios else None
+    return float(ratios.get(PYTORCH_PASSES, ratios["logit"])["median"])
+
+
+#: row -> (figure in it, None: not measured; target): what is asked of a CPU.
+TARGETS: dict[str, list[tuple[str, Callable[[dict[str, Any]], float | None], float]]] = {
     "scorer": [
-        ("logit / F.linear alone", lambda row: row["ratio to F.linear alone"]["logit"]["median"], 1.8),
+        ("logit / F.linear alone", lambda row: scorer_ratio(row, True), NATIVE_TARGET),
+        ("the same, PyTorch passes", lambda row: scorer_ratio(row, False), PYTORCH_TARGET),
         ("peak extra MiB", lambda row: row["peak extra MiB"], 100.0),
     ],
     "harvest step": [
@@ -267,6 +281,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name in asked.rows:
         for label, figure, target in TARGETS.get(name, []):
             value = figure(result["rows"][name])
+            if value is None:
+                continue
             print(f"  {label:<28} {value:8.3f}   target <= {target:g}   {'met' if value <= target else 'MISSED'}")
     if asked.json:
         asked.json.write_text(json.dumps(result, indent=1) + "\n")
