@@ -153,7 +153,7 @@ class LargestTensor(TorchDispatchMode):
 
     def __enter__(self) -> LargestTensor:
         # Called through the dispatcher, the op would be one operation to a mode.
-        self.within = mock.patch.object(scored_attention_op, "is_plain_eager", return_value=True)
+        self.within = mock.patch.object(scored_attention_op, "nobody_listens", return_value=True)
         self.within.start()
         super().__enter__()
         return self

@@ -55,6 +55,13 @@ def test_the_lesson_is_the_choice_by_the_scores(data: st.DataObject, problem: Pr
         )
 
 
+def test_it_is_one_launch_under_the_profiler_too() -> None:
+    """Who counts launches must see those that there are when nobody counts."""
+    problem = Problem(torch.randn(9, 4), torch.randn(5, 4), torch.randint(5, (9,)), {})
+    with small_tiles(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert_is_the_choice(problem, 3, "logit", HARD)
+
+
 @pytest.mark.parametrize("how", [HARD, DRAWN], ids=["hard", "drawn"])
 @pytest.mark.parametrize("score", ["loss", "logit", "head"])
 def test_a_pool_of_rows_in_several_tiles(score: str, how: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import implementation
-from .plain_eager import is_plain_eager
+from .plain_eager import nobody_listens
 
 ThreeTensors = tuple[Tensor, Tensor, Tensor]
 SixTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -131,7 +131,7 @@ def _empty_gradients(call: Call, computed: bool) -> ThreeTensors:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Takes the op's arguments, then whether the call is plain (:func:`.plain_eager.is_plain_eager`)."""
+    """Takes the op's arguments, then whether the call is plain (:func:`.plain_eager.nobody_listens`)."""
 
     @staticmethod
     def forward(ctx: Any, *arguments_and_plain: Any) -> SixTensors:
@@ -161,7 +161,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradients: Sequence[Tensor] = [gradient * d_loss for gradient in ctx.saved_tensors]
         else:
             tensors = ctx.saved_tensors
-            is_plain = is_plain_eager((d_loss, *tensors))
+            is_plain = nobody_listens((d_loss, *tensors))
             backward = _backward if is_plain else torch.ops.attent.linear_cross_entropy_backward
             gradients = backward(d_loss, *tensors, *ctx.options)
         for i, wanted, gradient in zip(_DIFFERENTIABLE, ctx.wanted, gradients, strict=True):
@@ -191,7 +191,7 @@ def _autograd(*arguments: Any) -> SixTensors:
 
 def run(*arguments: Any) -> SixTensors:
     """Call the op, past the dispatcher where nobody listens there."""
-    if is_plain_eager(arguments[:_TENSORS]):
+    if nobody_listens(arguments[:_TENSORS]):
         return _with_autograd(arguments, True)
     return cast(SixTensors, torch.ops.attent.linear_cross_entropy(*arguments))
 

@@ -12,7 +12,7 @@ from .._checks import FLOATING, check_choice, check_int, check_number, check_ten
 from ..philox import gumbel, random_bits, seed_tensor
 from ..selection import Selection
 from . import dispatch
-from .plain_eager import is_plain_eager
+from .plain_eager import nobody_listens
 
 _INDEX_BITS = 31
 _INDEX_MASK = 2**_INDEX_BITS - 1
@@ -98,7 +98,7 @@ def select_top_k(
             refuse("scores", f"a smallest score of {float(scores[negative].min())}", "scores >= 0 with temperature > 0")
     drawn = seed_tensor(seed, scores.device) if noisy else None
     scores = scores.detach()
-    if is_plain_eager((scores, valid, drawn)):
+    if nobody_listens((scores, valid, drawn)):
         return Selection(*_select(backend, scores, k, temperature, floor, valid, drawn, sorted))
     return Selection(*torch.ops.attent.select_top_k(scores, k, temperature, floor, valid, drawn, sorted, backend))
 
