@@ -105,7 +105,14 @@ class BuildNative(build_ext):
         try:
             add_cuda(ext)
             self.compile_side_by_side()
+            # setuptools compares times alone: what an earlier build in this folder left, with nvcc or without it, would
+            # pass. A set, since a wheel's build comes here twice and adds the same again.
+            asked = "\n".join(sorted({repr(x) for x in (*ext.define_macros, *ext.extra_objects, *ext.extra_link_args)}))
+            record = Path(self.build_temp, "asked.txt")
+            self.force = self.force or not record.exists() or record.read_text(encoding="utf-8") != asked
             super().build_extension(ext)
+            record.parent.mkdir(parents=True, exist_ok=True)
+            record.write_text(asked, encoding="utf-8")
         except Exception as problem:
             if not ext.optional:
                 raise

@@ -253,14 +253,34 @@ def test_another_machine_is_known_and_its_pythons_headers_are_there(sources: Pat
         assert refused.returncode != 0 and f"ATTENT_FOR_MACHINE: got {asked}; takes" in refused.stderr
 
 
-def test_a_wheel_for_another_machine_is_named_after_it(sources: Path) -> None:
-    """With compilers in PATH that write down what they are called with, and an empty file."""
-    compiler = sources / "bin" / "aarch64-linux-gnu-g++"
+def fake_compiler(sources: Path, name: str) -> Path:
+    """It adds what it is called with to the file "called", and writes an empty file."""
+    compiler = sources / "bin" / name
     compiler.parent.mkdir()
     compiler.write_text(
         f'#!/bin/sh\necho "$*" >> {sources}/called\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n'
     )
     compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    return compiler
+
+
+def test_a_build_that_is_asked_for_something_else_starts_anew(sources: Path) -> None:
+    """One without CUDA kernels in the folder of one with them, say; the same again compiles nothing."""
+    compiler = str(fake_compiler(sources, "g++"))
+    environment = {"CC": compiler, "CXX": compiler, "LDCXXSHARED": f"{compiler} -shared", "ATTENT_NATIVE": "1"}
+    counts = []
+    for asked in ({"ATTENT_CUDA": "0"}, {"ATTENT_CUDA": "0"}, {"ATTENT_CUDA": "auto", "CUDA_HOME": "/nowhere"}):
+        made = setup(sources, "build_ext", CUDA_PATH="", **environment, **asked)
+        assert made.returncode == 0, made.stderr
+        called = (sources / "called").read_text()
+        counts.append(called.count(" -c "))
+    files = len(list((sources / "csrc").glob("*.cpp")))
+    assert counts == [files, files, 2 * files] and "/nowhere" in called
+
+
+def test_a_wheel_for_another_machine_is_named_after_it(sources: Path) -> None:
+    """With compilers in PATH that are not what they are called."""
+    compiler = fake_compiler(sources, "aarch64-linux-gnu-g++")
     (compiler.parent / "aarch64-linux-gnu-gcc").symlink_to(compiler.name)
     asked = {
         "ATTENT_FOR_PYTHON": f"3.12:{sysconfig.get_path('include')}",
